@@ -73,7 +73,7 @@ def test_every_public_name_is_found_and_a_wrong_one_is_named() -> None:
     for name in geochat.__all__:
         assert getattr(geochat, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Boxes'"):
-        geochat.Boxes
+        geochat.__getattr__("Boxes")
 
 
 def test_generation_and_record_keys_have_one_owner() -> None:
