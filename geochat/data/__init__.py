@@ -1,0 +1,1 @@
+"""Records, boxes, chat templates and instruction files. Needs no torch."""
