@@ -1,0 +1,220 @@
+"""Score a file of answers: no torch, no images, no network.
+
+    python -m geochat.eval.score ANSWERS.jsonl --benchmark NAME|FILE.toml [--questions FILE] [--iou hbb] [--output DIR]
+
+Reads the answers that `geochat.eval.run` writes, and the original programs' answer files (`answer` or `text` holds the
+words). Truth comes with the answers, or by `question_id` from the question file; with a question file, a question
+without an answer counts as failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from geochat.eval.benchmark import Benchmark, index_by_id
+from geochat.eval.files import Row, read_rows, write_json, write_rows, write_text
+from geochat.eval.metrics import IOU_MODES, METRICS, IouMode, Question, Summary, bare
+
+Scores = dict[str, Any]
+
+
+def answer_text(row: Row, where: str) -> str:
+    """The model's words: `text` where a `prompt` stands beside it (ours, LLaVA's), else `answer` (GeoChat's)."""
+    key = "answer" if "answer" in row and "prompt" not in row else "text"
+    if key not in row:
+        raise ValueError(f"{where}: the row has neither `answer` nor `text`")
+    if row[key] is None:
+        return ""  # the question could not be asked; counted as failed
+    if not isinstance(row[key], str):
+        raise ValueError(f"{where}: {key} must be a string, not {type(row[key]).__name__}")
+    return row[key]
+
+
+def join(answers: list[Row], questions: list[Row], source: str) -> list[Row]:
+    """One row per question with the columns of both; the question's win but for the words of the answer."""
+    given = index_by_id(answers, source)
+    asked = index_by_id(questions, "questions")
+    if strangers := [key for key in given if key not in asked]:
+        raise ValueError(
+            f"{source}: {len(strangers)} answers belong to no question, the first is {strangers[0]!r}: "
+            "is this the question file they were made from?"
+        )
+    rows = []
+    for key, question in asked.items():
+        words = answer_text(given[key], f"{source}: {key}") if key in given else None
+        columns = {name: value for name, value in question.items() if name not in ("text", "answer")}
+        rows.append({**given.get(key, {}), **columns, "prompt": "", "text": words})
+    return rows
+
+
+def judge(
+    rows: list[Row], benchmark: Benchmark, iou: IouMode = "rotated", source: str = "answers"
+) -> list[Row]:
+    """One verdict per row that counts: question_id, task, metric, strata and the metric's own fields."""
+    index_by_id(rows, source)
+    kept: list[tuple[Row, str, str, Any]] = []
+    labels: dict[str, set[str]] = {}
+    for given in rows:
+        where = f"{source}: question {given['question_id']}"
+        if (row := benchmark.prepare(given, where)) is None:
+            continue
+        task = str(row[benchmark.metric.column]) if benchmark.metric.column in row else benchmark.name
+        column = benchmark.truth.of(row, where)
+        if row.get(column) is None:
+            raise ValueError(
+                f"{where}: no truth in column {column!r}; give the question file with --questions"
+            )
+        kept.append((row, where, task, row[column]))
+        if isinstance(row[column], str):
+            labels.setdefault(_group(benchmark, row, task), set()).add(bare(row[column]))
+    judged = []
+    for row, where, task, truth in kept:
+        name = benchmark.metric.of(row, where)
+        group = frozenset(labels.get(_group(benchmark, row, task), ()))
+        question = Question(truth, _size(benchmark, row, where), group, iou)
+        try:
+            verdict = METRICS[name].judge(answer_text(row, where), question)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        strata = {s: row[s] for s in benchmark.strata if s in row}
+        if "ious" in verdict:
+            strata.setdefault("objects", "single" if len(verdict["ious"]) == 1 else "multi")
+        judged.append({"question_id": row["question_id"], "task": task, "metric": name, **strata, **verdict})
+    return judged
+
+
+def summarise(judged: list[Row], benchmark: Benchmark, *, total: int, iou: IouMode = "rotated") -> Scores:
+    """Scores as one JSON value: `tasks[name]` → metric, headline, overall (micro), macro, strata[column][value]."""
+    tasks: dict[str, Any] = {}
+    for task in dict.fromkeys(row["task"] for row in judged):
+        verdicts = [row for row in judged if row["task"] == task]
+        metric = METRICS[verdicts[0]["metric"]]
+        strata: dict[str, dict[str, Summary]] = {}
+        for column in benchmark.strata:
+            values = sorted({str(v[column]) for v in verdicts if column in v})
+            if values:
+                strata[column] = {
+                    value: metric.summarise([v for v in verdicts if str(v.get(column)) == value])
+                    for value in values
+                }
+        tasks[task] = {
+            "metric": verdicts[0]["metric"],
+            "headline": metric.headline,
+            "overall": metric.summarise(verdicts),
+            "macro": _macro(strata, metric.headline),
+            "strata": strata,
+        }
+    scores: Scores = {
+        "benchmark": benchmark.name,
+        "n": len(judged),
+        "excluded": total - len(judged),
+        "tasks": tasks,
+    }
+    if any(task["metric"] == "boxes" for task in tasks.values()):
+        scores["iou"] = iou
+    return scores
+
+
+def table(scores: Scores) -> str:
+    """The scores as a Markdown table per metric. Shares are in percent; `micro` weighs questions, `macro` strata."""
+    lines = [f"# {scores['benchmark']}: {scores['n']} questions" + _aside(scores), ""]
+    for metric in dict.fromkeys(task["metric"] for task in scores["tasks"].values()):
+        tasks = {name: task for name, task in scores["tasks"].items() if task["metric"] == metric}
+        keys = [key for key in next(iter(tasks.values()))["overall"] if key not in ("parsed", "correct")]
+        shown = [key for key in keys if not key.startswith("all_found@0.25")]
+        lines += [
+            f"| {metric} (shares in %) | " + " | ".join(shown) + " |",
+            "|---" + "|---:" * len(shown) + "|",
+        ]
+        for name, task in tasks.items():
+            lines.append(_line(f"{name}, micro", task["overall"], shown))
+            if task["macro"]:
+                over = f"{name}, macro over {task['macro']['groups']} × {task['macro']['over']}"
+                lines.append(_line(over, task["macro"], shown))
+            for column, values in task["strata"].items():
+                lines += [_line(f"· {column} = {value}", summary, shown) for value, summary in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_scores(folder: Path, scores: Scores, judged: list[Row]) -> None:
+    """scores.json, scores.md and samples.jsonl (one verdict per question)."""
+    write_rows(folder / "samples.jsonl", judged)
+    write_text(folder / "scores.md", table(scores))
+    write_json(folder / "scores.json", scores)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m geochat.eval.score", description=__doc__.split("\n")[0])
+    parser.add_argument("answers", type=Path, help="answers, one JSON object per line")
+    parser.add_argument("--benchmark", required=True, help="name of a benchmark or a .toml file")
+    parser.add_argument(
+        "--questions", type=Path, help="question file, where the answers do not carry the truth"
+    )
+    parser.add_argument(
+        "--iou", choices=IOU_MODES, default="rotated", help="hbb: of the horizontal envelopes"
+    )
+    parser.add_argument("--output", type=Path, help="folder for scores.json, scores.md and samples.jsonl")
+    arguments = parser.parse_args(argv)
+    try:
+        benchmark = Benchmark.load(arguments.benchmark)
+        rows = read_rows(arguments.answers)
+        if arguments.questions:
+            rows = join(rows, benchmark.read_questions(arguments.questions), str(arguments.answers))
+        judged = judge(rows, benchmark, arguments.iou, str(arguments.answers))
+        scores = summarise(judged, benchmark, total=len(rows), iou=arguments.iou)
+        if arguments.output:
+            write_scores(arguments.output, scores, judged)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(table(scores))
+
+
+def _group(benchmark: Benchmark, row: Row, task: str) -> str:
+    return f"{task}/{row.get(benchmark.labels_by, '')}"
+
+
+def _size(benchmark: Benchmark, row: Row, where: str) -> tuple[int, int] | None:
+    if "width" in row and "height" in row:
+        return int(row["width"]), int(row["height"])
+    size = benchmark.image_size.of(row, where)
+    return (int(size[0]), int(size[1])) if size else None
+
+
+def _macro(strata: dict[str, dict[str, Summary]], headline: str) -> Summary:
+    """Means over the groups of the first stratum, of every share that all of them have."""
+    if not strata:
+        return {}
+    over, groups = next(iter(strata.items()))
+    keys = [key for key, value in next(iter(groups.values())).items() if isinstance(value, float)]
+    keys = [key for key in keys if all(group.get(key) is not None for group in groups.values())]
+    return {"over": over, "groups": len(groups)} | {
+        key: sum(group[key] for group in groups.values()) / len(groups) for key in keys
+    }
+
+
+def _aside(scores: Scores) -> str:
+    parts = [f"{scores['excluded']} excluded"] if scores["excluded"] else []
+    parts += [f"{scores['iou']} IoU"] if "iou" in scores else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _line(name: str, summary: Summary, keys: list[str]) -> str:
+    return f"| {name} | " + " | ".join(_cell(key, summary.get(key)) for key in keys) + " |"
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, list | tuple):
+        return "–".join(f"{100 * end:.1f}" for end in value)
+    if isinstance(value, float):
+        return f"{value:.2f}" if key == "mean_absolute_error" else f"{100 * value:.2f}"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()
