@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 Point = tuple[float, float]
 
@@ -40,7 +41,7 @@ def area(polygon: Sequence[Point]) -> float:
     # Relative to a corner: far from the origin the products would swallow the digits of a small polygon.
     x0, y0 = polygon[0]
     total = 0.0
-    for (ax, ay), (bx, by) in zip(polygon[1:], polygon[2:], strict=False):
+    for (ax, ay), (bx, by) in pairwise(polygon[1:]):
         total += (ax - x0) * (by - y0) - (bx - x0) * (ay - y0)
     return total / 2
 
