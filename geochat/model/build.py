@@ -1,0 +1,264 @@
+"""One model and one processor from an LLM folder, a CLIP folder and, where there is one, a projector file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from geochat.data.sample import IMAGE_TOKEN
+from geochat.data.templates import get_template
+from geochat.model.canonical import instantiate
+from geochat.model.formats.llava import from_clip, from_llava, from_projector
+from geochat.model.processor import PAD_TOKEN, Processor
+from geochat.model.tokenizer import load_tokenizer
+from geochat.model.vision import grid_side, resample_positions
+from geochat.model.weights import Entry, State, of_tensor, open_file, open_weights
+
+VOCABULARY_MULTIPLE = 64
+"""Rows of the vocabulary are padded to this; tensor cores and tensor parallelism want it."""
+
+_LLAMA_FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "initializer_range",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attention_bias",
+    "mlp_bias",
+    "attention_dropout",
+    "pretraining_tp",
+]
+_LLAMA_TYPES = ("llama", "llava", "llava_llama", "geochat")
+_EMBEDDINGS = "language_model.model.embed_tokens.weight"
+_HEAD = "language_model.lm_head.weight"
+_POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
+
+
+def build_model(
+    llm: Path | str,
+    vision_tower: Path | str,
+    projector: Path | str | None = None,
+    *,
+    image_size: int = 504,
+    template: str = "vicuna_v1",
+    dtype: torch.dtype | None = None,
+    feature_layer: int | list[int] | None = None,
+    device: str = "cpu",
+    quantization: str | None = None,
+    attn_implementation: str = "sdpa",
+    seed: int = 0,
+) -> tuple[LlavaForConditionalGeneration, Processor]:
+    """A running model and its processor; see `read_parts` for the folders and errors.
+
+    device, quantization, attn_implementation: as in `geochat.model.checkpoint.load`.
+    """
+    config, state, processor = read_parts(
+        llm,
+        vision_tower,
+        projector,
+        image_size=image_size,
+        template=template,
+        feature_layer=feature_layer,
+        seed=seed,
+    )
+    dtype = dtype or stored_dtype(config)
+    model = instantiate(
+        config,
+        state,
+        str(llm),
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+    )
+    model.generation_config = generation_config(config, processor)
+    return model, processor
+
+
+def read_parts(
+    llm: Path | str,
+    vision_tower: Path | str,
+    projector: Path | str | None = None,
+    *,
+    image_size: int = 504,
+    template: str = "vicuna_v1",
+    feature_layer: int | list[int] | None = None,
+    seed: int = 0,
+) -> tuple[LlavaConfig, State, Processor]:
+    """Configuration, unread canonical weights and processor of the model that three folders make.
+
+    llm: a Llama folder, or one in LLaVA-1.5's original layout, whose projector is then used unless another is given
+        (a vision tower inside it is not: the original code replaces it by the CLIP folder too).
+    vision_tower: a CLIPVisionModel or CLIPModel folder; its position table is resampled to `image_size`.
+    projector: `mm_projector.bin`, a safetensors file, or a folder with either; None: LLaVA's own, or a fresh one.
+    feature_layer: hidden state(s) of the tower that the projector sees; None: what the LLM folder says, else -2.
+    seed: for a fresh projector only.
+
+    `<image>` and `<pad>` are added to the vocabulary, which is padded to a multiple of 64. New rows of the
+    embeddings and of lm_head are the mean of the old ones: the same on every machine, and no new word stands out.
+    Raises ValueError for a folder that is not what it should be, naming the file.
+    """
+    llm, vision_tower = Path(llm), Path(vision_tower)
+    source = _read_config(llm)
+    if source.get("model_type") not in _LLAMA_TYPES:
+        raise ValueError(
+            f"{llm}: is a {source.get('model_type')} model; a Llama-architecture folder is needed"
+        )
+    state = from_llava(open_weights(llm), str(llm))
+    if _HEAD not in state and source.get("tie_word_embeddings"):
+        state[_HEAD] = state[_EMBEDDINGS]
+    tokenizer = load_tokenizer(llm)
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.backend_tokenizer.add_special_tokens([IMAGE_TOKEN])
+    image_id = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
+    rows = -(-max(len(tokenizer), source["vocab_size"]) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    vision_config = _vision_config(vision_tower)
+    side = grid_side(image_size, vision_config.patch_size)
+    layer = feature_layer if feature_layer is not None else source.get("mm_vision_select_layer", -2)
+    text = {name: source[name] for name in _LLAMA_FIELDS if source.get(name) is not None} | {
+        "vocab_size": rows
+    }
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=LlamaConfig(**text, tie_word_embeddings=False),
+        image_token_index=image_id,
+        image_seq_length=side * side,
+        vision_feature_layer=layer,
+        tie_word_embeddings=False,
+        dtype=source.get("dtype") or source.get("torch_dtype") or "float32",
+    )
+    config.vision_config.image_size = image_size
+    for part in (config, config.text_config):
+        part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        part.pad_token_id = tokenizer.pad_token_id
+
+    state = {key: entry for key, entry in state.items() if not key.startswith("vision_tower.")}
+    for key in (_EMBEDDINGS, _HEAD):
+        if key not in state:
+            raise ValueError(f"{llm}: has no {key}")
+        state[key] = _with_rows(state[key], rows, known)
+    state |= from_clip(open_weights(vision_tower), str(vision_tower))
+    if _POSITIONS not in state:
+        raise ValueError(f"{vision_tower}: has no position table; is it a CLIP vision folder?")
+    table = state[_POSITIONS].to(torch.float32)  # resampled before it is rounded
+    state[_POSITIONS] = table.map(
+        lambda rows_: resample_positions(rows_, side), (1 + side * side, vision_config.hidden_size)
+    )
+    if projector is not None:
+        state |= _projector_file(Path(projector))
+    elif "multi_modal_projector.linear_1.weight" not in state:
+        state |= _fresh_projector(config, seed)
+    processor = Processor(
+        tokenizer=tokenizer,
+        template=get_template(template),
+        image_size=image_size,
+        patch_size=vision_config.patch_size,
+        image_token_id=image_id,
+        pad_token_id=tokenizer.pad_token_id,
+        sentencepiece=(llm / "tokenizer.model").read_bytes() if (llm / "tokenizer.model").exists() else None,
+    )
+    return config, state, processor
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype a configuration records; float32 when it records none."""
+    value = config.dtype
+    if isinstance(value, str):
+        value = getattr(torch, value)
+    return value if isinstance(value, torch.dtype) else torch.float32
+
+
+def generation_config(config: LlavaConfig, processor: Processor) -> GenerationConfig:
+    """Greedy by default; rows that stand for no text (`<image>`, `<pad>`, filling) can never be generated."""
+    tokenizer = processor.tokenizer
+    stops = [tokenizer.eos_token_id]
+    for text in processor.template.stop:
+        stop = tokenizer.backend_tokenizer.token_to_id(text)
+        if stop is not None and stop not in stops:
+            stops.append(stop)
+    mute = {
+        processor.image_token_id,
+        processor.pad_token_id,
+        *range(len(tokenizer), config.text_config.vocab_size),
+    }
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stops if len(stops) > 1 else stops[0],
+        pad_token_id=processor.pad_token_id,
+        suppress_tokens=sorted(mute),
+    )
+
+
+def _with_rows(entry: Entry, rows: int, known: int) -> Entry:
+    """A [V, C] table with `rows` rows: the first `known` as they are, the others their mean."""
+
+    def grow(table: Tensor) -> Tensor:
+        old = table[:known]
+        mean = old.mean(0, dtype=torch.float64).to(table.dtype)
+        return torch.cat([old, mean.expand(rows - old.shape[0], -1)])
+
+    return entry.map(grow, (rows, entry.shape[1]))
+
+
+def _vision_config(folder: Path) -> CLIPVisionConfig:
+    source = _read_config(folder)
+    if source.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ValueError(f"{folder}: is a {source.get('model_type')} model; a CLIP folder is needed")
+    return CLIPVisionConfig(**source.get("vision_config", source))
+
+
+def _projector_file(path: Path) -> State:
+    if path.is_dir():
+        names = ("mm_projector.bin", "model.safetensors", "pytorch_model.bin")
+        files = [path / name for name in names if (path / name).exists()]
+        if not files:
+            raise ValueError(f"{path}: has no {' or '.join(names)}")
+        path = files[0]
+    if not path.exists():
+        raise ValueError(f"{path}: no such projector file")
+    return from_projector(open_file(path), str(path))
+
+
+def _fresh_projector(config: LlavaConfig, seed: int) -> State:
+    """PyTorch's default initialisation of two linear layers, from a seed of its own."""
+    layers = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    hidden = config.text_config.hidden_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        linears = {"linear_1": nn.Linear(width, hidden), "linear_2": nn.Linear(hidden, hidden)}
+    return {
+        f"multi_modal_projector.{name}.{part}": of_tensor(tensor)
+        for name, linear in linears.items()
+        for part, tensor in linear.state_dict().items()
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder}: no config.json there")
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config

@@ -1,0 +1,87 @@
+"""Save a folder so that a full disk or a kill leaves the previous save intact.
+
+Everything is written and checked in a hidden folder beside its place. Renaming that folder is the commit: before it
+the old files are untouched; after it, moving the files up needs no disk space, and if the process is killed in
+between, the next save or load of the folder finishes the move (`recover`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_STAGING = ".saving"
+_COMMITTED = ".saved"
+_KEPT = "weights.txt"  # in the committed folder: the weight files that this save consists of
+# Weight files of an earlier save that the new one may not have written again.
+_OWN_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "non_lora_trainables.safetensors",
+)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to write into; on success its files replace those of `folder`, atomically.
+
+    Files of `folder` that the save does not write stay, except weights of an earlier save. On an exception nothing
+    of `folder` has changed. Errors of the file system (disk full, no permission) become one ValueError line.
+    """
+    staging = folder / _STAGING
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
+        staging.mkdir()
+        yield staging
+        weights = [file.name for file in staging.iterdir() if _is_weight(file.name)]
+        (staging / _KEPT).write_text("\n".join(weights))
+        _flush_folder(staging)
+        staging.rename(folder / _COMMITTED)
+        _flush_folder(folder)
+        recover(folder)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: could not be saved ({error.strerror or error}); the previous save is unchanged"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def recover(folder: Path) -> None:
+    """Finish a committed save whose files had not all been moved when the process ended; else do nothing."""
+    committed = folder / _COMMITTED
+    if not committed.is_dir():
+        return
+    kept = committed / _KEPT
+    weights = set(kept.read_text().split()) if kept.exists() else set()
+    for file in sorted(committed.iterdir()):
+        if file != kept:
+            file.replace(folder / file.name)
+    if weights:
+        for file in folder.iterdir():
+            if _is_weight(file.name) and file.name not in weights:
+                file.unlink()
+    kept.unlink(missing_ok=True)
+    committed.rmdir()
+
+
+def _is_weight(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _OWN_WEIGHTS)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

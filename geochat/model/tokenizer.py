@@ -1,0 +1,259 @@
+"""Tokenizers: a sentencepiece `tokenizer.model` becomes a `tokenizer.json` with the same ids.
+
+transformers 5 builds a Llama tokenizer from `tokenizer.json` alone and changes ids on save and reload, so the file is
+written here. Every stretch of text between special tokens is encoded as sentencepiece encodes a text of its own: with
+the dummy space in front, runs of spaces kept (`legacy: true` in transformers' terms, as LLaVA and GeoChat trained).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+_BPE_MODEL = 2
+
+
+@dataclass
+class SentencePieceModel:
+    """What a `tokenizer.model` file holds (sentencepiece_model.proto), as far as encoding depends on it."""
+
+    pieces: list[tuple[str, float, int]] = field(default_factory=list)  # text, score, type
+    model_type: int = 1
+    byte_fallback: bool = False
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    charsmap: bytes = b""
+    unk_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+
+    @classmethod
+    def read(cls, file: Path) -> SentencePieceModel:
+        """Parse the file. Raises ValueError when it is no sentencepiece model."""
+        model = cls()
+        try:
+            for number, value in _fields(file.read_bytes()):
+                if number == 1:
+                    piece = dict(_fields(value))
+                    score = piece.get(2, 0.0)
+                    model.pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+                elif number == 2:
+                    trainer = dict(_fields(value))
+                    model.model_type = trainer.get(3, model.model_type)
+                    model.byte_fallback = bool(trainer.get(35, 0))
+                    model.unk_id = trainer.get(40, model.unk_id)
+                    model.bos_id = trainer.get(41, model.bos_id)
+                    model.eos_id = trainer.get(42, model.eos_id)
+                elif number == 3:
+                    rules = dict(_fields(value))
+                    model.charsmap = rules.get(2, b"")
+                    model.add_dummy_prefix = bool(rules.get(3, 1))
+                    model.remove_extra_whitespaces = bool(rules.get(4, 1))
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError, StopIteration):
+            raise ValueError(f"{file}: not a sentencepiece model") from None
+        if not model.pieces:
+            raise ValueError(f"{file}: not a sentencepiece model (it has no pieces)")
+        return model
+
+
+def _fields(data: bytes) -> list[tuple[int, Any]]:
+    """(field number, value) of a protocol-buffer message; nested messages and strings stay bytes."""
+    import struct
+
+    found: list[tuple[int, Any]] = []
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value - (1 << 64) if value >> 63 else value
+
+    while at < len(data):
+        key = varint()
+        number, kind = key >> 3, key & 7
+        value: Any
+        if kind == 0:
+            value = varint()
+        elif kind == 2:
+            length = varint()
+            if at + length > len(data):
+                raise ValueError("cut short")
+            value = data[at : at + length]
+            at += length
+        elif kind == 5:
+            value = struct.unpack_from("<f", data, at)[0]
+            at += 4
+        elif kind == 1:
+            value = struct.unpack_from("<d", data, at)[0]
+            at += 8
+        else:
+            raise ValueError(f"wire type {kind}")
+        found.append((number, value))
+    return found
+
+
+def convert_sentencepiece(file: Path, added: dict[int, str] | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer with the ids of the sentencepiece model `file`.
+
+    added: id -> text of the tokens that the checkpoint adds to the model's pieces or puts in place of them.
+    Raises ValueError for a model that this conversion cannot reproduce (unigram, normalisation rules).
+    """
+    model = SentencePieceModel.read(file)
+    if model.model_type != _BPE_MODEL:
+        raise ValueError(f"{file}: not a BPE model; give a folder that has tokenizer.json instead")
+    if model.charsmap or model.remove_extra_whitespaces:
+        raise ValueError(
+            f"{file}: normalises its text; train it with --normalization_rule_name=identity "
+            "--remove_extra_whitespaces=false, or give a folder that has tokenizer.json"
+        )
+    texts = [text for text, _, _ in model.pieces]
+    specials = {i: text for i, (text, _, kind) in enumerate(model.pieces) if kind in (UNKNOWN, CONTROL)}
+    users = {i: text for i, (text, _, kind) in enumerate(model.pieces) if kind == USER_DEFINED}
+    for number, text in (added or {}).items():
+        if number < len(texts) and texts[number] != text:
+            texts[number] = text
+            users.pop(number, None)
+        if number not in users:
+            specials[number] = text
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    backend = Tokenizer(
+        BPE(
+            vocab=vocabulary,
+            merges=_merges(model),
+            unk_token=texts[model.unk_id],
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+        )
+    )
+    replace: list[Any] = [normalizers.Replace(" ", "▁")]
+    prefix: list[Any] = [normalizers.Prepend("▁")] if model.add_dummy_prefix else []
+    backend.normalizer = normalizers.Sequence(prefix + replace)
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip: list[Any] = [decoders.Strip(content=" ", left=1)] if model.add_dummy_prefix else []
+    backend.decoder = decoders.Sequence(steps + strip)
+    for group, special in ((specials, True), (users, False)):
+        for number, text in sorted(group.items()):
+            token = AddedToken(text, special=special, normalized=False)
+            (backend.add_special_tokens if special else backend.add_tokens)([token])
+            if backend.token_to_id(text) != number:
+                raise ValueError(
+                    f"{file}: added token {text!r} should have id {number}; the ids in between are missing"
+                )
+    bos, eos = texts[model.bos_id], texts[model.eos_id]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, model.bos_id)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=texts[model.unk_id],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """The merge list that makes BPE by rank choose as sentencepiece does: best score first, then leftmost."""
+    rank = {text: (-score, i) for i, (text, score, kind) in enumerate(model.pieces) if kind == NORMAL}
+    merges = [
+        (rank[text], text[:cut], text[cut:])
+        for text in rank
+        for cut in range(1, len(text))
+        if text[:cut] in rank and text[cut:] in rank
+    ]
+    merges.sort(key=lambda row: (row[0], rank[row[1]], rank[row[2]]))
+    return [(left, right) for _, left, right in merges]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder.
+
+    A folder with only `tokenizer.model` (Vicuna, LLaVA) is converted; a `tokenizer.json` is taken as it is.
+    Raises ValueError when there is neither.
+    """
+    config = _read_json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").exists():
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+    elif (folder / "tokenizer.model").exists():
+        tokenizer = convert_sentencepiece(folder / "tokenizer.model", _added_tokens(folder, config))
+    else:
+        raise ValueError(f"{folder}: has neither tokenizer.json nor tokenizer.model")
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(role)
+        text = value["content"] if isinstance(value, dict) else value
+        if text is not None and tokenizer.backend_tokenizer.token_to_id(text) is not None:
+            setattr(tokenizer, role, text)
+    return tokenizer
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
+    """id -> text of the added tokens, from tokenizer_config.json or the older added_tokens.json."""
+    listed = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
+    older = {int(i): text for text, i in _read_json(folder / "added_tokens.json").items()}
+    return {**older, **listed}
+
+
+def write_tokenizer_files(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, sentencepiece: bytes | None, max_length: int
+) -> None:
+    """tokenizer.json, tokenizer_config.json, special_tokens_map.json and, where there is one, tokenizer.model.
+
+    The class is named as the generic one on purpose: `LlamaTokenizer` of transformers 5 would rebuild the tokenizer
+    from the vocabulary and lose the second space of a stretch that starts with a space. llama.cpp and older tools
+    read tokenizer.model and `legacy`.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.save(str(folder / "tokenizer.json"))
+    if sentencepiece is not None:
+        (folder / "tokenizer.model").write_bytes(sentencepiece)
+    roles = {
+        role: getattr(tokenizer, role)
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if getattr(tokenizer, role) is not None
+    }
+    decoder = {
+        str(number): {
+            "content": token.content,
+            "lstrip": token.lstrip,
+            "normalized": token.normalized,
+            "rstrip": token.rstrip,
+            "single_word": token.single_word,
+            "special": token.special,
+        }
+        for number, token in sorted(backend.get_added_tokens_decoder().items())
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "legacy": True,
+        "added_tokens_decoder": decoder,
+        "extra_special_tokens": {"image_token": "<image>"},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+        "padding_side": "right",
+        "processor_class": "LlavaProcessor",
+        **roles,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "special_tokens_map.json", {**roles, "image_token": "<image>"})
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,232 @@
+"""Weights on disk as a lazy table: what a folder holds is known at once, a tensor is read when it is asked for.
+
+Everything that reads or writes weights goes through here, so that a 7B model is converted, merged or saved
+one tensor at a time. Reading: safetensors and (with `weights_only=True`) PyTorch pickles. Writing: safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_FROM_NAME = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that has not been read yet."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * self.dtype.itemsize
+
+    def map(
+        self,
+        change: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Entry:
+        """The entry whose tensor is `change(tensor)`, still unread; the new shape and dtype are stated here."""
+        return Entry(shape or self.shape, dtype or self.dtype, lambda: change(self.read()))
+
+    def to(self, dtype: torch.dtype | None) -> Entry:
+        """The same entry rounded to `dtype` when it is read (None: as stored)."""
+        if dtype is None or dtype == self.dtype or not self.dtype.is_floating_point:
+            return self
+        return self.map(lambda tensor: tensor.to(dtype), dtype=dtype)
+
+
+State = dict[str, Entry]
+
+
+def of_tensor(tensor: Tensor) -> Entry:
+    """An entry for a tensor that is in memory already."""
+    return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def open_weights(folder: Path) -> State:
+    """All tensors of a checkpoint folder under their names on disk; safetensors go before pickles.
+
+    Raises ValueError when the folder has no weights, when a shard named by the index is missing, or when a file is
+    damaged.
+    """
+    return open_files(weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder in reading order."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    for single, index in (
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ):
+        if (folder / index).exists():
+            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            missing = [name for name in names if not (folder / name).exists()]
+            if missing:
+                raise ValueError(
+                    f"{folder}: {index} names {missing[0]}, which is not there; copy the folder again"
+                )
+            return [folder / name for name in names]
+        if (folder / single).exists():
+            return [folder / single]
+    raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin (nor their shards with an index)")
+
+
+def open_files(files: Iterable[Path]) -> State:
+    """The tensors of several files in one table."""
+    state: State = {}
+    for file in files:
+        state.update(open_file(file))
+    return state
+
+
+def open_file(file: Path) -> State:
+    """The tensors of one .safetensors, .bin or .pth file. Pickles are read with `weights_only=True`."""
+    if file.suffix == ".safetensors":
+        return _open_safetensors(file)
+    try:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before PyTorch 1.6: no zip archive, so it cannot be mapped
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged or unsafe file
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{file}: cannot be read as plain tensors ({reason})") from None
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{file}: holds a {type(loaded).__name__}, not a table of tensors")
+    return {key: of_tensor(value) for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _open_safetensors(file: Path) -> State:
+    header = read_header(file)
+    handle: Any = safe_open(file, framework="pt", device="cpu")
+
+    def entry(key: str) -> Entry:
+        record = header[key]
+        if record["dtype"] not in _FROM_NAME:
+            raise ValueError(f"{file}: tensor {key} has dtype {record['dtype']}, which is not supported")
+        return Entry(
+            tuple(record["shape"]), _FROM_NAME[record["dtype"]], lambda: cast(Tensor, handle.get_tensor(key))
+        )
+
+    return {key: entry(key) for key in header}
+
+
+def read_header(file: Path) -> dict[str, dict[str, Any]]:
+    """The table of a safetensors file: key -> dtype, shape, data_offsets. Raises ValueError on a damaged file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{file}: cut short or no safetensors file; copy or save it again")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    end = max((record["data_offsets"][1] for record in header.values()), default=0)
+    if size != 8 + length + end:
+        raise ValueError(
+            f"{file}: {size} bytes, but its header announces {8 + length + end}; copy or save it again"
+        )
+    return header
+
+
+def write_file(file: Path, state: State) -> None:
+    """One safetensors file, written tensor by tensor and flushed to the disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, entry in state.items():
+        span = [offset, offset + entry.nbytes]
+        header[key] = {
+            "dtype": SAFETENSORS_DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": span,
+        }
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data to start on a multiple of 8
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for key, entry in state.items():
+            tensor = entry.read().detach().cpu().contiguous()
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise ValueError(
+                    f"{key}: announced {entry.shape} {entry.dtype}, is {tuple(tensor.shape)} {tensor.dtype}"
+                )
+            stream.write(tensor.view(-1).view(torch.uint8).numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_weights(folder: Path, state: State, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
+    """`model.safetensors`, or numbered shards with their index when it would exceed `max_shard_bytes`.
+
+    Returns the names written. Holds one tensor in memory at a time.
+    """
+    shards: list[State] = [{}]
+    filled = 0
+    for key, entry in state.items():
+        if shards[-1] and filled + entry.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][key] = entry
+        filled += entry.nbytes
+    if len(shards) == 1:
+        write_file(folder / "model.safetensors", state)
+        return ["model.safetensors"]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        write_file(folder / name, shard)
+    index = {
+        "metadata": {"total_size": sum(entry.nbytes for entry in state.values())},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return [*names, "model.safetensors.index.json"]
+
+
+def assert_same_keys(found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse a table whose keys or shapes differ from the wanted ones, naming the first few of each kind."""
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys())
+    shapes = [
+        f"{key} is {list(found[key].shape)}, should be {list(shape)}"
+        for key, shape in wanted.items()
+        if key in found and found[key].shape != tuple(shape)
+    ]
+    parts = [
+        f"{len(group)} {kind} ({', '.join(group[:3])}{', …' if len(group) > 3 else ''})"
+        for kind, group in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if group
+    ]
+    if parts:
+        raise ValueError(f"{where}: tensors do not fit the model: {'; '.join(parts)}")
