@@ -1,0 +1,259 @@
+"""Command-line arguments of training: LLaVA's flag names, GeoChat's recipe as defaults.
+
+An existing LLaVA or GeoChat command line parses: flags that were renamed since are translated, flags that mean
+nothing any more are dropped with one line each (`LEGACY_RENAMED`, `LEGACY_DROPPED`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import transformers
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+
+LEGACY_RENAMED = {
+    "--evaluation_strategy": "--eval_strategy",
+    "--warmup_ratio": "--warmup_steps",  # a value below 1 is a share of all steps
+    "--group_by_length": "--group_by_modality_length",
+    "--unfreeze_mm_vision_tower": "--tune_vision_tower",
+    "--local-rank": "--local_rank",
+}
+
+LEGACY_DROPPED = {
+    "--lazy_preprocess": "samples are always encoded when they are read",
+    "--is_multimodal": "every record says itself whether it has images",
+    "--image_grid_pinpoints": "one image size per model, see --image_size",
+    "--mm_use_im_patch_token": "the image placeholder is always one <image> token, expanded",
+    "--mm_vision_select_feature": "patch features, as in every released checkpoint",
+    "--mm_patch_merge_type": "one tile per image",
+    "--cache_dir": "models are read from local folders",
+    "--mpt_attn_impl": "MPT models are not supported",
+    "--save_safetensors": "weights are always written as safetensors",
+    "--logging_dir": "logs go to the run folder",
+    "--double_quant": "quantised training is not part of this command",
+    "--quant_type": "quantised training is not part of this command",
+}
+
+TEMPLATE_NAMES = {"v1": "vicuna_v1"}
+"""LLaVA's `--version` names that differ from ours."""
+
+IMAGE_MODES: dict[str, Literal["pad", "crop"]] = {"pad": "pad", "square": "crop", "crop": "crop"}
+"""LLaVA's `--image_aspect_ratio` → what the processor does."""
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str | None = None
+    """Folder of a model of ours or of llava-hf layout, of an LLM (then `--vision_tower` too), or of LLaVA-1.5."""
+    vision_tower: str | None = None
+    """CLIP folder, when the model folder does not hold the tower."""
+    pretrain_mm_mlp_adapter: str | None = None
+    """Projector file (`mm_projector.bin` or safetensors) that replaces the model's own."""
+    version: str | None = None
+    """Chat template; default: the checkpoint's own, or `vicuna_v1` for a model built from parts."""
+    image_size: int | None = None
+    """Pixels per side. Default: the folder's own, or 504 for a model built from parts."""
+    mm_vision_select_layer: int = -2
+    mm_projector_type: str = "mlp2x_gelu"
+    mm_use_im_start_end: bool = False
+    attn_implementation: str = "sdpa"
+    tune_mm_mlp_adapter: bool = False
+    """With LoRA: train the projector too. Without: train nothing but the projector (LLaVA's first stage)."""
+    freeze_mm_mlp_adapter: bool = False
+    freeze_backbone: bool = False
+    """Without LoRA: keep the language model as it is."""
+    tune_vision_tower: bool = False
+    tune_vit_from_layer: int | None = None
+    """With `--tune_vision_tower`: first CLIP block that trains, counted from 0; default: all."""
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is None:
+            raise ValueError("--model_name_or_path is missing: the folder of the model to start from")
+        if self.mm_projector_type != "mlp2x_gelu":
+            raise ValueError(f"--mm_projector_type {self.mm_projector_type}: only mlp2x_gelu exists")
+        if self.mm_use_im_start_end:
+            raise ValueError("--mm_use_im_start_end True is not supported: no released checkpoint uses it")
+        self.version = TEMPLATE_NAMES.get(self.version or "", self.version)
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str | None = None
+    """Instruction file, JSON or JSONL."""
+    image_folder: str | None = None
+    eval_data_path: str | None = None
+    """Instruction file whose loss is reported at every evaluation (`--eval_strategy steps --eval_steps N`)."""
+    image_aspect_ratio: str = "pad"
+    on_bad_sample: Literal["skip", "error"] = "error"
+    """A record that cannot be used (image missing or corrupt, malformed, nothing to learn, text too long):
+    stop with its name, or take the next one instead, name it and count it."""
+    truncate_text: bool = False
+    """Cut texts above `--model_max_length` as the originals do, instead of treating them as bad samples."""
+
+    def __post_init__(self) -> None:
+        if self.data_path is None:
+            raise ValueError("--data_path is missing: the instruction file (JSON or JSONL)")
+        if self.image_aspect_ratio not in IMAGE_MODES:
+            raise ValueError(
+                f"--image_aspect_ratio {self.image_aspect_ratio}: choose one of {', '.join(IMAGE_MODES)}"
+            )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """How it is trained; everything of transformers' own arguments, plus LLaVA's and ours."""
+
+    output_dir: str | None = None
+    lora_enable: bool = True
+    lora_r: int = 64
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    use_dora: bool = False
+    bits: int = 16
+    learning_rate: float = 2e-4
+    mm_projector_lr: float | None = None
+    """Learning rate of the projector; default: `--learning_rate`."""
+    vision_tower_lr: float | None = None
+    """Learning rate of the vision tower; default: `--learning_rate`."""
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    """Below 1: share of all steps."""
+    weight_decay: float = 0.0
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 16
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all processes; the accumulation that reaches it is derived."""
+    loss_normalization: Literal["micro_batch", "token"] = "micro_batch"
+    """`micro_batch`: mean over the tokens of each micro-batch, as LLaVA and GeoChat do; `token`: over the step."""
+    model_max_length: int = 2048
+    """Text tokens kept per sample; the image tokens come on top."""
+    group_by_modality_length: bool = False
+    """Batches of similar length, image and text-only samples apart."""
+    bf16: bool = True
+    """Where the hardware has it; float32 otherwise."""
+    gradient_checkpointing: bool = True
+    logging_steps: float = 10
+    save_steps: float = 500
+    save_total_limit: int | None = 2
+    report_to: str = "none"
+    overwrite_output_dir: bool = False
+    """Delete the checkpoints of an earlier run in `--output_dir` instead of refusing to start."""
+    remove_unused_columns: bool = False
+    dataloader_num_workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []  # one line for each request that this machine cannot honour
+        if self.output_dir is None:
+            raise ValueError("--output_dir is missing: the folder of this run")
+        if self.bits != 16:
+            raise ValueError(f"--bits {self.bits}: this command trains in 16 or 32 bits only")
+        self.gradient_accumulation_steps = accumulation_for(
+            self.global_batch_size,
+            self.per_device_train_batch_size,
+            self.gradient_accumulation_steps,
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 and not (cuda and is_torch_bf16_gpu_available()):
+            self.bf16 = False
+            self.notes.append("no bfloat16 hardware here: training in float32")
+        if self.tf32 and not is_torch_tf32_available():
+            self.tf32 = None
+            self.notes.append("no TF32 hardware here: --tf32 has no effect")
+        if not cuda:
+            self.use_cpu = True
+            self.dataloader_pin_memory = False
+            if self.deepspeed:
+                _configure_deepspeed_on_cpu(self)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trainable parameter is used in every batch
+        with warnings.catch_warnings():  # the new name of the flag is missing in transformers 5.16
+            warnings.simplefilter("ignore", FutureWarning)
+            super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1
+            self.notes.append(
+                "one process uses one GPU: launch with torchrun or deepspeed to use all of them"
+            )
+
+
+def accumulation_for(target: int | None, per_device: int, accumulation: int, processes: int) -> int:
+    """Micro-batches per optimizer step so that per_device × accumulation × processes = `target` exactly.
+
+    Raises: ValueError when no whole number does it, or when a different accumulation was asked for.
+    """
+    if target is None:
+        return accumulation
+    micro = per_device * processes
+    if target % micro:
+        raise ValueError(
+            f"--global_batch_size {target} cannot be reached: --per_device_train_batch_size {per_device} × "
+            f"{processes} processes = {micro} does not divide it"
+        )
+    if accumulation not in (1, target // micro):
+        raise ValueError(
+            f"--global_batch_size {target} needs --gradient_accumulation_steps {target // micro} "
+            f"({per_device} × {target // micro} × {processes} processes), not {accumulation}: leave it out"
+        )
+    return target // micro
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Raises: ValueError, with the flag's name, for a flag or value that cannot be used."""
+    argv, notes = translate_legacy(argv)
+    parser = transformers.HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments),  # type: ignore[arg-type]
+        prog="python -m geochat.train.train",
+        allow_abbrev=False,
+    )
+    model, data, training, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+    training.notes = notes + training.notes
+    return model, data, training
+
+
+def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Command line with LLaVA's outdated flags renamed or dropped, and one line for each dropped one."""
+    kept: list[str] = []
+    notes: list[str] = []
+    words = iter([part for word in argv for part in _split_equals(word)])
+    dropping = False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word in LEGACY_DROPPED
+            if dropping:
+                notes.append(f"{word} is ignored: {LEGACY_DROPPED[word]}")
+                continue
+            word = LEGACY_RENAMED.get(word, word)
+        if not dropping:
+            kept.append(word)
+    return kept, notes
+
+
+def _split_equals(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--") and "=" in word else [word]
+
+
+def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:
+    """DeepSpeed over gloo: accelerate alone would look for an accelerator and not find the CPU backend."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    deepspeed.init_distributed("gloo")
+    state = PartialState(cpu=True)
+    state.distributed_type = DistributedType.DEEPSPEED
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    args.accelerator_config = {"use_configured_state": True}

@@ -1,0 +1,92 @@
+"""Loss curve of a run: one JSON line per log, and a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+REDRAW_SECONDS = 60
+SMOOTHING = 0.9
+
+
+class LossCurve(TrainerCallback):
+    """Writes `loss.jsonl` and `loss.png` into the run folder; a resumed run continues both."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.drawn = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # What was logged after the checkpoint that is resumed from will be logged again.
+            rows = [row for row in read_log(self.folder) if row["step"] <= state.global_step]
+            text = "".join(json.dumps(row) + "\n" for row in rows if state.global_step)
+            (self.folder / "loss.jsonl").write_text(text, encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs.keys() & {"loss", "eval_loss"}:
+            return
+        with (self.folder / "loss.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if time.monotonic() - self.drawn > REDRAW_SECONDS:
+            self.draw()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.draw()
+
+    def draw(self) -> None:
+        rows = read_log(self.folder)
+        if any("loss" in row for row in rows):
+            draw_curve(rows, self.folder / "loss.png")
+        self.drawn = time.monotonic()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Rows of `loss.jsonl`; the last line of a killed run may be cut and is left out."""
+    file = folder / "loss.jsonl"
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def smoothed(values: list[float], factor: float = SMOOTHING) -> list[float]:
+    """Exponential mean, corrected for its start (as Adam's moments are)."""
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean = factor * mean + (1 - factor) * value
+        weight = factor * weight + 1 - factor
+        result.append(mean / weight)
+    return result
+
+
+def draw_curve(rows: list[dict[str, Any]], file: Path) -> None:
+    """Training loss (raw and smoothed), validation loss when there is one, learning rate below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    train = [row for row in rows if "loss" in row]
+    valid = [row for row in rows if "eval_loss" in row]
+    steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    top.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
+    top.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="smoothed")
+    if valid:
+        top.plot([row["step"] for row in valid], [row["eval_loss"] for row in valid], "o-", color="tab:orange",
+                 label="validation loss")  # fmt: skip
+    top.set_ylabel("loss per supervised token")
+    top.grid(alpha=0.3)
+    top.legend()
+    bottom.plot(steps, [row.get("learning_rate") for row in train], color="tab:green")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    bottom.grid(alpha=0.3)
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,147 @@
+"""Which parameters train at which learning rate, and the resolved recipe as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from geochat.model.adapter import trainable_groups
+from geochat.model.processor import Processor
+from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
+
+
+def choose_trainable(model: nn.Module, arguments: ModelArguments) -> None:
+    """Freeze and unfreeze the parts of a LlavaForConditionalGeneration for training without LoRA.
+
+    LLaVA's meaning of the flags: language model and projector train; `--tune_mm_mlp_adapter` leaves only the
+    projector, `--freeze_backbone` and `--freeze_mm_mlp_adapter` take one away, `--tune_vision_tower` adds the tower.
+    """
+    model.requires_grad_(False)
+    parts = model.model
+    if not (arguments.tune_mm_mlp_adapter or arguments.freeze_backbone):
+        parts.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    if not arguments.freeze_mm_mlp_adapter:
+        parts.multi_modal_projector.requires_grad_(True)
+    if arguments.tune_vision_tower:
+        unfreeze_tower(model, arguments.tune_vit_from_layer)
+
+
+def unfreeze_tower(model: nn.Module, from_layer: int | None) -> None:
+    """Train the tower from block `from_layer` on (None: everything), as far as its output is used.
+
+    Blocks behind the last layer that is read, and the final norm, never get a gradient; leaving them trainable
+    would make data-parallel training wait for one.
+    """
+    tower = model.model.vision_tower
+    blocks = tower.encoder.layers if hasattr(tower, "encoder") else tower.vision_model.encoder.layers
+    layers = model.config.vision_feature_layer
+    read = [index % (len(blocks) + 1) for index in (layers if isinstance(layers, list) else [layers])]
+    if from_layer is None:
+        tower.requires_grad_(True)
+    elif not 0 <= from_layer < max(read):
+        raise ValueError(f"--tune_vit_from_layer {from_layer}: the tower has blocks 0 to {max(read) - 1}")
+    for index, block in enumerate(blocks):
+        block.requires_grad_((from_layer or 0) <= index < max(read))
+    for name, parameter in tower.named_parameters():
+        if "post_layernorm" in name:
+            parameter.requires_grad_(False)
+
+
+def learning_rates(args: TrainingArguments) -> dict[str, float]:
+    """Learning rate of each group of `trainable_groups`."""
+    rates = {"projector": args.mm_projector_lr, "vision_tower": args.vision_tower_lr}
+    default = args.learning_rate
+    return {
+        name: default if rates.get(name) is None else rates[name]  # type: ignore[misc]
+        for name in ("lora", "language_model", "projector", "vision_tower")
+    }
+
+
+def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str]) -> list[dict[str, Any]]:
+    """Optimizer groups: one per part and weight decay, the main part first (its rate is the one logged).
+
+    Raises: ValueError when nothing trains.
+    """
+    groups = []
+    rates = learning_rates(args)
+    parts = trainable_groups(model)
+    for part, rate in rates.items():
+        for decay in (True, False):
+            members = [p for name, p in parts.get(part, []) if (name in decayed) == decay]
+            if members:
+                weight_decay = args.weight_decay if decay else 0.0
+                groups.append({"params": members, "lr": rate, "weight_decay": weight_decay})
+    if not groups:
+        raise ValueError("nothing to train: the flags freeze every part of the model")
+    return groups
+
+
+def describe(
+    model: nn.Module,
+    processor: Processor,
+    arguments: tuple[ModelArguments, DataArguments, TrainingArguments],
+    *,
+    samples: int,
+) -> str:
+    """The resolved recipe, one fact per line."""
+    model_args, data_args, args = arguments
+    total = sum(_count(parameter) for parameter in model.parameters())
+    rows = [("model", str(model_args.model_name_or_path))]
+    rates = learning_rates(args)
+    for part, members in trainable_groups(model).items():
+        if members:
+            count = sum(_count(parameter) for _, parameter in members)
+            rows.append(
+                (f"trains {part}", f"{count:,} of {total:,} parameters, learning rate {rates[part]:g}")
+            )
+    if args.lora_enable:
+        kind = "DoRA" if args.use_dora else "LoRA"
+        rows.append((kind, f"rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"))
+    per_device, steps, processes = (
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.world_size,
+    )
+    batch = per_device * steps * processes
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    stage = zero_stage(args)
+    rows += [
+        ("data", f"{data_args.data_path}, {samples:,} samples, {length}"),
+        ("global batch", f"{batch} = {per_device} per device × {steps} accumulation × {processes} processes"),
+        ("schedule", f"{_value(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}, decay {args.weight_decay:g}"),
+        ("image", f"{processor.image_size} px, {processor.image_mode}, {processor.image_tokens} tokens per image"),
+        ("text", f"at most {args.model_max_length} tokens, template {processor.template.name}"),
+        ("loss", f"supervised positions only, mean per {args.loss_normalization.replace('_', '-')}"),
+        ("precision", precision(args)),
+        ("attention", str(model.config._attn_implementation)),
+        ("checkpointing", "activations recomputed" if args.gradient_checkpointing else "activations kept"),
+        ("ZeRO", f"stage {stage}" if stage else "off"),
+        ("seed", str(args.seed)),
+    ]  # fmt: skip
+    return "\n".join(f"{name:>22}  {value}" for name, value in rows)
+
+
+def precision(args: TrainingArguments) -> str:
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def compute_dtype(args: TrainingArguments) -> torch.dtype:
+    return getattr(torch, precision(args))
+
+
+def zero_stage(args: TrainingArguments) -> int:
+    """0 without DeepSpeed."""
+    if not args.deepspeed:
+        return 0
+    return args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0)
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3 leaves an empty shell
+
+
+def _value(setting: Any) -> str:
+    return str(getattr(setting, "value", setting))

@@ -1,0 +1,143 @@
+"""What a training run writes: complete folders, published by renaming."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from geochat.model.adapter import BaseRecord, load_adapter_state, save_adapter
+from geochat.model.canonical import CANONICAL, rename
+from geochat.model.checkpoint import read_checkpoint, save_model
+from geochat.model.formats.llava import LLAVA, from_projector
+from geochat.model.processor import Processor
+from geochat.model.weights import State, assert_same_keys, of_tensor, open_file, write_file
+
+STAGING = ".saving-"
+PROJECTOR_FILE = "mm_projector.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+Kind = Literal["adapter", "projector", "full"]
+
+
+class RunSaver:
+    """Writes and restores the loadable part of a save.
+
+    kind: "adapter" (LoRA, DoRA), "projector" (only it trains: `mm_projector.safetensors`, fit for
+    `--pretrain_mm_mlp_adapter`) or "full" (a canonical model folder).
+    model: what is trained, without DDP or DeepSpeed around it. base: where an adapter belongs.
+    """
+
+    def __init__(self, kind: Kind, model: nn.Module, processor: Processor, base: BaseRecord) -> None:
+        self.kind = kind
+        self.model = model
+        self.processor = processor
+        self.base = base
+
+    @property
+    def partial(self) -> bool:
+        """True when frozen weights are left out."""
+        return self.kind != "full"
+
+    def save(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """state_dict: gathered tensors under the model's own names, where the model itself holds only shards."""
+        if self.kind == "adapter":
+            save_adapter(self.model, self.processor, folder, base=self.base, state_dict=state_dict)
+        elif self.kind == "projector":
+            save_projector(self.model, folder / PROJECTOR_FILE, state_dict)
+        else:
+            save_model(self.model, self.processor, folder, state_dict=state_dict)
+
+    def restore(self, folder: Path) -> None:
+        """Raises: ValueError when the folder does not fit the model."""
+        if self.kind == "adapter":
+            load_adapter_state(self.model, folder)
+        elif self.kind == "projector":
+            load_projector(self.model, folder / PROJECTOR_FILE)
+        else:
+            _, state, _ = read_checkpoint(folder)
+            take(self.model, state, folder)
+
+    def open_staging(self, run: Path, name: str, *, owner: bool) -> Path:
+        """Temporary folder beside the final one; the owner (one process per file system) creates it empty."""
+        staging = run / f"{STAGING}{name}"
+        if owner:
+            shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
+            staging.mkdir(parents=True)
+        return staging
+
+    def publish(self, staging: Path, final: Path) -> None:
+        """Give a fully written folder its name. Until then the previous save is the newest one."""
+        for file in staging.rglob("*"):
+            _flush(file)
+        if final.exists():  # saved again after resuming from an earlier step
+            remove(final)
+        staging.rename(final)
+        _flush(final.parent)
+
+    def rotate(self, run: Path, limit: int | None, best: str | None) -> None:
+        """Delete the oldest checkpoints above `limit`, never the best one."""
+        if limit is not None and limit > 0:
+            for old in checkpoints(run)[:-limit]:
+                if best is None or old != Path(best):
+                    remove(old)
+
+
+def save_projector(model: nn.Module, file: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """LLaVA's names for the projector, in a safetensors file."""
+    state: State = {}
+    for key, tensor in (state_dict or model.state_dict()).items():
+        name = rename(key, CANONICAL) or ""
+        if name.startswith("multi_modal_projector."):
+            state[rename(name, LLAVA, backwards=True) or name] = of_tensor(tensor)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{STAGING}{file.name}")
+    write_file(unfinished, state)
+    unfinished.replace(file)
+
+
+def load_projector(model: nn.Module, file: Path) -> None:
+    """Replace the projector's weights. Raises: ValueError when the file is no projector of this size."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such projector file")
+    take(model, from_projector(open_file(file), str(file)), file, part="multi_modal_projector.")
+
+
+def take(model: nn.Module, state: State, where: Path, part: str = "") -> None:
+    """Copy a canonical table into the running model; `part` bounds it to keys with that prefix.
+
+    Raises: ValueError when a tensor is missing, left over, or of another shape.
+    """
+    target = {rename(key, CANONICAL) or key: tensor for key, tensor in model.state_dict().items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in target.items() if key.startswith(part)}
+    assert_same_keys(state, wanted, str(where))
+    with torch.no_grad():
+        for key in wanted:
+            target[key].copy_(state[key].read())
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def remove(folder: Path) -> None:
+    """Delete under a hidden name, so that a kill in between leaves no half folder that looks whole."""
+    hidden = folder.with_name(f"{STAGING}old-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

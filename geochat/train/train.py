@@ -1,0 +1,256 @@
+"""Train a model: `python -m geochat.train.train --model_name_or_path M --data_path D --image_folder I --output_dir O`.
+
+Parse, build, train, save. LoRA by default; `--lora_enable False` trains the language model and the projector (and
+the tower with `--tune_vision_tower`), `--tune_mm_mlp_adapter True` on top of that only the projector.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+from geochat.data.store import InstructionStore
+from geochat.model.adapter import AdapterSpec, BaseRecord, attach, trainable_groups
+from geochat.model.build import build_model
+from geochat.model.checkpoint import fingerprint, load
+from geochat.model.processor import Processor
+from geochat.train.arguments import (
+    IMAGE_MODES,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+    parse_arguments,
+)
+from geochat.train.collate import Collator
+from geochat.train.curves import LossCurve
+from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.recipe import choose_trainable, compute_dtype, describe
+from geochat.train.saving import Kind, RunSaver, checkpoints, load_projector, remove
+from geochat.train.trainer import Trainer
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Raises: SystemExit(2), after one line on stderr, for input that cannot be used."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        trainer, resume = prepare(arguments)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.save_model(arguments[2].output_dir)
+        report_bad_samples(trainer)
+    except (BadSampleError, OSError) as error:
+        _fail(error)
+
+
+def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
+    """Trainer ready to run, and the checkpoint to resume from. Raises: ValueError, OSError on unusable input."""
+    model_args, data_args, args = arguments
+    resume = resume_point(args)
+    transformers.set_seed(args.seed)
+    with _without_zero_init():
+        base, processor, record = load_base(arguments)
+    kind, model = make_trainable(base, model_args, args)
+    train_set = open_dataset(data_args.data_path or "", processor, arguments)
+    eval_set = (
+        open_dataset(data_args.eval_data_path, processor, arguments) if data_args.eval_data_path else None
+    )
+    if args.process_index == 0:
+        say(arguments, describe(model, processor, arguments, samples=len(train_set)), resume)
+    trainer = Trainer(
+        base=base,
+        saver=RunSaver(kind, model, processor, record),
+        model=model,
+        args=args,
+        data_collator=Collator(processor.pad_token_id),
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        callbacks=[LossCurve(Path(args.output_dir))],
+    )
+    return trainer, resume
+
+
+def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
+    """The model to start from, its processor, and what an adapter will remember of it."""
+    model_args, data_args, args = arguments
+    folder = Path(model_args.model_name_or_path or "")
+    if not folder.is_dir():
+        raise ValueError(f"--model_name_or_path {folder}: no such folder")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} is an adapter: merge it first (scripts/merge_lora_weights.py)")
+    # Without DeepSpeed the weights that train stay in float32 and the forward pass is autocast; DeepSpeed keeps
+    # float32 copies itself and wants one dtype.
+    dtype = compute_dtype(args) if args.lora_enable or args.deepspeed else torch.float32
+    tower = Path(model_args.vision_tower) if model_args.vision_tower else None
+    projector = Path(model_args.pretrain_mm_mlp_adapter) if model_args.pretrain_mm_mlp_adapter else None
+    if is_canonical(folder):
+        model, processor = load(
+            folder,
+            image_size=model_args.image_size,
+            dtype=dtype,
+            attn_implementation=model_args.attn_implementation,
+        )
+        if model_args.version:
+            processor = processor.with_template(model_args.version)
+        if projector:
+            load_projector(model, projector)
+        tower = None
+    else:
+        if tower is None:
+            raise ValueError(f"{folder} holds no vision tower: name a CLIP folder with --vision_tower")
+        model, processor = build_model(
+            folder,
+            tower,
+            projector,
+            image_size=model_args.image_size or 504,
+            template=model_args.version or "vicuna_v1",
+            dtype=dtype,
+            feature_layer=model_args.mm_vision_select_layer,
+            attn_implementation=model_args.attn_implementation,
+        )
+    processor.image_mode = IMAGE_MODES[data_args.image_aspect_ratio]
+    return model, processor, BaseRecord(folder, tower, projector, fingerprint(folder))
+
+
+def is_canonical(folder: Path) -> bool:
+    """True for a folder of `LlavaForConditionalGeneration`; LLaVA's own layout shares its `model_type`."""
+    config = folder / "config.json"
+    if not config.exists():
+        raise ValueError(f"{folder}: no config.json, so this is no model folder")
+    return "LlavaForConditionalGeneration" in json.loads(config.read_text()).get("architectures", [])
+
+
+def make_trainable(
+    base: nn.Module, model_args: ModelArguments, args: TrainingArguments
+) -> tuple[Kind, nn.Module]:
+    """Attach adapters or unfreeze parts."""
+    if args.lora_enable:
+        spec = AdapterSpec(
+            r=args.lora_r,
+            alpha=args.lora_alpha,
+            dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            train_projector=model_args.tune_mm_mlp_adapter,
+        )
+        model = attach(base, spec)
+        if model_args.tune_vision_tower:
+            raise ValueError(
+                "--tune_vision_tower needs --lora_enable False: an adapter folder holds no tower"
+            )
+        if not args.deepspeed:
+            for members in trainable_groups(model).values():
+                for _, parameter in members:
+                    parameter.data = parameter.data.float()
+        return "adapter", model
+    choose_trainable(base, model_args)
+    only_projector = model_args.tune_mm_mlp_adapter and not model_args.tune_vision_tower
+    return ("projector" if only_projector else "full"), base
+
+
+def open_dataset(path: str, processor: Processor, arguments: Arguments) -> InstructionDataset:
+    """Raises: ValueError when the file is missing, malformed as a whole, or empty."""
+    _, data_args, args = arguments
+    if data_args.image_folder is not None and not Path(data_args.image_folder).is_dir():
+        raise ValueError(f"--image_folder {data_args.image_folder}: no such folder")
+    if not Path(path).is_file():
+        raise ValueError(f"instruction file {path}: no such file")
+    dataset = InstructionDataset(
+        InstructionStore(Path(path)),
+        Path(data_args.image_folder) if data_args.image_folder else None,
+        processor,
+        max_text_tokens=args.model_max_length,
+        truncate=data_args.truncate_text,
+        on_bad_sample=data_args.on_bad_sample,
+    )
+    if not len(dataset):
+        raise ValueError(f"{path}: no records")
+    return dataset
+
+
+def resume_point(args: TrainingArguments) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means (True: the newest complete one), or None to begin.
+
+    Raises: ValueError when the run folder holds an earlier run that was neither resumed nor given up.
+    """
+    run = Path(args.output_dir)
+    found = checkpoints(run)
+    wanted = str(args.resume_from_checkpoint or "")
+    if wanted.lower() == "true":
+        if not found:
+            args.notes.append(f"{run} holds no checkpoint yet: starting from the beginning")
+        return found[-1] if found else None
+    if wanted and wanted.lower() != "false":
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {wanted}: no checkpoint of a run there")
+        return Path(wanted)
+    if found and not args.overwrite_output_dir:
+        raise ValueError(
+            f"{run} holds {found[-1].name} of an earlier run: add --resume_from_checkpoint True, "
+            "--overwrite_output_dir True (deletes it), or choose another --output_dir"
+        )
+    if args.process_index == 0:
+        for old in found:
+            remove(old)
+    return None
+
+
+def say(arguments: Arguments, recipe: str, resume: Path | None) -> None:
+    """Print the resolved recipe and keep it in the run folder."""
+    args = arguments[2]
+    lines = [*(f"note: {note}" for note in args.notes), recipe]
+    if resume is not None:
+        lines.append(f"{'resumed from':>22}  {resume}")
+    run = Path(args.output_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines), flush=True)
+
+
+def report_bad_samples(trainer: Trainer) -> None:
+    """Print how many rows were skipped over all processes and list them in `bad_samples.txt`."""
+    args = trainer.args
+    reasons: list[Any] = [trainer.bad_samples]
+    if args.world_size > 1:
+        reasons = [None] * args.world_size
+        dist.all_gather_object(reasons, trainer.bad_samples)
+    named = sorted({reason for part in reasons for reason in part})
+    if args.process_index == 0 and named:
+        file = Path(args.output_dir) / "bad_samples.txt"
+        file.write_text("\n".join(named) + "\n", encoding="utf-8")
+        print(f"{len(named)} rows could not be used and were skipped, listed in {file}")
+
+
+@contextmanager
+def _without_zero_init():
+    """ZeRO-3 would partition weights while they are being read and resampled; they are partitioned afterwards."""
+    from transformers.integrations import deepspeed as integration
+
+    config = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
+
+
+def _fail(error: Exception) -> NoReturn:
+    reason = " ".join(str(error).split())
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

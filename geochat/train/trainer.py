@@ -1,0 +1,227 @@
+"""transformers' Trainer with our loss, learning rates, order of samples and saves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers.trainer_callback import ExportableState
+
+from geochat.data.encode import IGNORE_INDEX
+from geochat.train.arguments import TrainingArguments
+from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.recipe import parameter_groups
+from geochat.train.sampler import EpochSampler
+from geochat.train.saving import RunSaver
+
+
+class SupervisedRows:
+    """Lets the output layer see only the positions that have a target.
+
+    A pre-hook on the layer itself, so that it acts inside DDP, DeepSpeed and PEFT wrappers alike. With 1 296 image
+    tokens and short answers nine in ten logits would be computed to be thrown away.
+    """
+
+    def __init__(self, output_layer: nn.Module) -> None:
+        self.keep: torch.Tensor | None = None  # bool[batch, n]
+        output_layer.register_forward_pre_hook(self._select)
+
+    def _select(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self.keep is None:
+            return None
+        return (inputs[0][self.keep], *inputs[1:])  # [batch, n, hidden] → [supervised, hidden]
+
+
+class DummyImage:
+    """Sends a zero-weighted image through tower and projector when a batch has none.
+
+    Otherwise ranks with and without images disagree on which parameters take part, and DDP and ZeRO-3 wait for
+    ever. The pre-hook sits on the language model: the same place in the order of modules as for a real image.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.active = False
+        self.model = model.model
+        size = model.config.vision_config.image_size
+        self.shape = (1, model.config.vision_config.num_channels, size, size)
+        self.model.language_model.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not self.active:
+            return None
+        embeds = kwargs["inputs_embeds"]
+        pixels = torch.zeros(self.shape, device=embeds.device, dtype=embeds.dtype)
+        features = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+        return args, {
+            **kwargs,
+            "inputs_embeds": embeds + 0.0 * torch.cat(list(features)).sum().to(embeds.dtype),
+        }
+
+
+def detach_frozen_tower(tower: nn.Module) -> None:
+    """Run a tower without trainable parameters outside autograd, as the originals do.
+
+    Recomputation makes transformers require gradients of every embedding output, the tower's patches included, and
+    24 frozen blocks would enter the graph.
+    """
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return
+    forward = tower.forward
+
+    @functools.wraps(forward)
+    def without_gradients(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return forward(*args, **kwargs)
+
+    tower.forward = without_gradients  # type: ignore[method-assign]
+
+
+class Trainer(transformers.Trainer):
+    """Differs from its parent in what is specific to grounded vision-language models, see the methods.
+
+    base: the LlavaForConditionalGeneration inside `model` (the same object when there is no adapter).
+    saver: writes the loadable part of every save.
+    """
+
+    args: TrainingArguments
+
+    def __init__(self, *, base: nn.Module, saver: RunSaver, **kwargs: Any) -> None:
+        detach_frozen_tower(base.model.vision_tower)
+        self.rows = SupervisedRows(base.lm_head)
+        self.dummy = DummyImage(base)
+        self.saver = saver
+        self.bad_samples: list[str] = []
+        super().__init__(**kwargs)
+        # The parent hands the token count of the whole step over, and skips its own division by the accumulation,
+        # exactly when this is set.
+        self.model_accepts_loss_kwargs = self.args.loss_normalization == "token"
+
+    # ---- loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Cross entropy at supervised positions, without logits anywhere else.
+
+        Mean over the micro-batch, or (token normalisation) sum divided by the tokens of the whole step.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")  # [batch, n]
+        targets = labels[:, 1:]
+        keep = torch.zeros_like(labels, dtype=torch.bool)
+        keep[:, :-1] = targets != IGNORE_INDEX
+        self.rows.keep, self.dummy.active = keep, "pixel_values" not in inputs
+        try:
+            outputs = model(**inputs)
+        finally:
+            self.rows.keep, self.dummy.active = None, False
+        total = F.cross_entropy(outputs["logits"].float(), targets[keep[:, :-1]], reduction="sum")
+        if num_items_in_batch is None:
+            loss = total / keep.sum()
+        else:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the parent's estimate knows no images
+
+    # ---- data ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(map(self._usable, epoch_iterator), num_batches, device)
+
+    def _usable(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Counts the rows that workers could not use. Raises: BadSampleError when the batch is lost."""
+        for reason in batch.pop("bad_samples", ()):
+            self.bad_samples.append(reason)
+            if "input_ids" in batch:
+                print(f"skipped: {reason}", flush=True)
+        if "input_ids" not in batch:
+            raise BadSampleError(self.bad_samples[-1])
+        return batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset: InstructionDataset = self.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(
+            len(dataset),
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            batch=self.args.train_batch_size * self.args.world_size,
+            lengths=dataset.lengths() if self.args.group_by_modality_length else None,
+        )
+
+    # ---- optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = parameter_groups(model, self.args, decayed)
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if self._optimizer_is_offloaded():
+                from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+                optimizer, settings = DeepSpeedCPUAdam, {k: v for k, v in settings.items() if k != "fused"}
+            self.optimizer = optimizer(groups, **settings)
+        return self.optimizer
+
+    def _optimizer_is_offloaded(self) -> bool:
+        if not self.is_deepspeed_enabled:
+            return False
+        zero = self.args.hf_deepspeed_config.config.get("zero_optimization", {})
+        return zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+    # ---- saves ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A complete loadable folder plus trainer state, under a temporary name until everything is written."""
+        name = f"checkpoint-{self.state.global_step}"
+        run = Path(self.args.output_dir)
+        staging = self.saver.open_staging(run, name, owner=self.args.should_save)
+        self._barrier()
+        self.save_model(str(staging), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+        if self.args.should_save:
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        self._barrier()
+        if self.args.should_save:
+            self.saver.publish(staging, run / name)
+            self.saver.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""
+        state = None
+        if self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3:
+            state = self.deepspeed._zero3_consolidated_16bit_state_dict(
+                exclude_frozen_parameters=self.saver.partial
+            )
+        if self.args.should_save:
+            self.saver.save(Path(output_dir or self.args.output_dir), state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.saver.restore(Path(resume_from_checkpoint))
+
+    def _barrier(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
