@@ -18,12 +18,20 @@ from transformers import (
 
 from geochat.data.sample import IMAGE_TOKEN
 from geochat.data.templates import get_template
-from geochat.model.canonical import instantiate
+from geochat.model.canonical import instantiate, model_state
 from geochat.model.formats.llava import from_clip, from_llava, from_projector
 from geochat.model.processor import PAD_TOKEN, Processor
 from geochat.model.tokenizer import load_tokenizer
 from geochat.model.vision import grid_side, resample_positions
-from geochat.model.weights import Entry, State, of_tensor, open_file, open_weights
+from geochat.model.weights import (
+    Entry,
+    State,
+    assert_same_keys,
+    of_tensor,
+    open_file,
+    open_weights,
+    write_file,
+)
 
 VOCABULARY_MULTIPLE = 64
 """Rows of the vocabulary are padded to this; tensor cores and tensor parallelism want it."""
@@ -182,6 +190,41 @@ def read_parts(
     return config, state, processor
 
 
+def load_projector(model: nn.Module, path: Path | str) -> None:
+    """Replace the projector of a running Llava model by that of a file or folder (GeoChat's
+    `--pretrain_mm_mlp_adapter`). Raises ValueError when it does not fit."""
+    found = _projector_file(Path(path))
+    places = {f"multi_modal_projector.{key}": value for key, value in _projector(model).state_dict().items()}
+    assert_same_keys(found, {key: tuple(place.shape) for key, place in places.items()}, str(path))
+    for key, place in places.items():
+        place.copy_(found[key].read())
+
+
+def save_projector(model: nn.Module, file: Path | str, state: dict[str, Tensor] | None = None) -> None:
+    """Write the projector alone, atomically, as safetensors under canonical names.
+
+    state: gathered tensors under the model's own names, where the model is sharded.
+    """
+    file = Path(file)
+    own = model_state(model, state)
+    tensors = {key: entry for key, entry in own.items() if key.startswith("multi_modal_projector.")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_name(f".saving-{file.name}")
+    try:
+        write_file(staging, tensors)
+        staging.replace(file)
+    except OSError as error:
+        raise ValueError(
+            f"{file}: could not be saved ({error.strerror}); the previous save is unchanged"
+        ) from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _projector(model: Any) -> nn.Module:
+    return model.model.multi_modal_projector
+
+
 def stored_dtype(config: Any) -> torch.dtype:
     """The dtype a configuration records; float32 when it records none."""
     value = config.dtype
@@ -231,7 +274,7 @@ def _vision_config(folder: Path) -> CLIPVisionConfig:
 
 def _projector_file(path: Path) -> State:
     if path.is_dir():
-        names = ("mm_projector.bin", "model.safetensors", "pytorch_model.bin")
+        names = ("mm_projector.safetensors", "mm_projector.bin", "model.safetensors", "pytorch_model.bin")
         files = [path / name for name in names if (path / name).exists()]
         if not files:
             raise ValueError(f"{path}: has no {' or '.join(names)}")

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from geochat.model.build import build_model, generation_config, stored_dtype
 from geochat.model.canonical import (
     CANONICAL,
+    canonical_key,
     canonical_state,
     expected_shapes,
     instantiate,
@@ -40,6 +41,7 @@ __all__ = [
     "CANONICAL",
     "fingerprint",
     "load",
+    "load_state",
     "read_checkpoint",
     "save_model",
     "write_checkpoint",
@@ -122,13 +124,13 @@ def save_model(
     processor: Processor,
     folder: Path | str,
     *,
-    state_dict: dict[str, Tensor] | None = None,
+    state: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a canonical folder, atomically; an existing one is replaced, other files in it stay.
 
-    state_dict: the gathered parameters under the model's own names, where the model is sharded (ZeRO-3, FSDP).
+    state: the gathered parameters under the model's own names, where the model is sharded (ZeRO-3, FSDP).
     dtype: round to this dtype; None: as the model holds them.
     Raises ValueError for a quantised or PEFT model, and when the folder cannot be written.
     """
@@ -138,8 +140,8 @@ def save_model(
         )
     if not isinstance(model, LlavaForConditionalGeneration):
         raise ValueError(f"{type(model).__name__} is no plain Llava model; save adapters with save_adapter")
-    state = model_state(model, state_dict)
-    write_checkpoint(folder, model.config, state, processor, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    weights = model_state(model, state)
+    write_checkpoint(folder, model.config, weights, processor, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
 
 def write_checkpoint(
@@ -168,6 +170,19 @@ def write_checkpoint(
         _write_json(staging / "generation_config.json", generation)
         processor.save(staging)
         assert_same_keys(open_weights(staging), shapes, f"{folder} (as written)")
+
+
+def load_state(model: LlavaForConditionalGeneration, folder: Path | str) -> None:
+    """Copy the weights of a canonical folder into a running model of the same shapes, in place (to resume training).
+
+    Raises ValueError when a tensor is missing, left over or of another shape.
+    """
+    recover(Path(folder))
+    found = canonical_state(open_weights(Path(folder)))
+    places = {canonical_key(key): tensor for key, tensor in model.state_dict().items()}
+    assert_same_keys(found, {key: tuple(place.shape) for key, place in places.items()}, str(folder))
+    for key, place in places.items():
+        place.copy_(found[key].read())
 
 
 def portable_config(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -208,14 +208,22 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
 
 
 def write_tokenizer_files(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, sentencepiece: bytes | None, max_length: int
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    sentencepiece: bytes | None = None,
+    max_length: int = 2048,
 ) -> None:
     """tokenizer.json, tokenizer_config.json, special_tokens_map.json and, where there is one, tokenizer.model.
+
+    tokenizer: None: the one that the `tokenizer.model` of this folder describes.
+    sentencepiece: the content of `tokenizer.model`.
 
     The class is named as the generic one on purpose: `LlamaTokenizer` of transformers 5 would rebuild the tokenizer
     from the vocabulary and lose the second space of a stretch that starts with a space. llama.cpp and older tools
     read tokenizer.model and `legacy`.
     """
+    if tokenizer is None:
+        tokenizer = convert_sentencepiece(folder / "tokenizer.model")
     backend = tokenizer.backend_tokenizer
     backend.save(str(folder / "tokenizer.json"))
     if sentencepiece is not None:
@@ -236,11 +244,12 @@ def write_tokenizer_files(
         }
         for number, token in sorted(backend.get_added_tokens_decoder().items())
     }
+    image = {"image_token": "<image>"} if backend.token_to_id("<image>") is not None else {}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "legacy": True,
         "added_tokens_decoder": decoder,
-        "extra_special_tokens": {"image_token": "<image>"},
+        "extra_special_tokens": image,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
         "padding_side": "right",
@@ -248,7 +257,7 @@ def write_tokenizer_files(
         **roles,
     }
     _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", {**roles, "image_token": "<image>"})
+    _write_json(folder / "special_tokens_map.json", {**roles, **image})
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,298 @@
+"""LoRA and DoRA on the language model: attach, list what trains, save and load a complete adapter folder.
+
+An adapter folder holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (with a trained projector inside),
+the resolved `config.json`, the processor files and `geochat_base.json`, which names the base and its fingerprint.
+What is neither LoRA nor in the base (a projector from a file, a tuned tower) is in `non_lora_trainables.safetensors`
+under canonical names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import LlavaConfig
+
+from geochat.model.build import build_model, read_parts
+from geochat.model.canonical import CANONICAL, canonical_key, rename
+from geochat.model.checkpoint import fingerprint, load, portable_config, read_checkpoint
+from geochat.model.processor import Processor
+from geochat.model.staging import staged
+from geochat.model.vision import freeze_tower
+from geochat.model.weights import State, assert_same_keys, of_tensor, open_file, read_header, write_file
+
+# PEFT matches the whole name. Leaf names alone would also hit CLIP's q_proj, k_proj and v_proj.
+LLM_LINEARS = (
+    r"(?:^|.*\.)language_model\.(?:.*\.)?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
+)
+WEIGHTS = "adapter_model.safetensors"
+EXTRA = "non_lora_trainables.safetensors"
+BASE = "geochat_base.json"
+_PROJECTOR = "multi_modal_projector"
+
+Groups = dict[str, list[tuple[str, nn.Parameter]]]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What to attach; the defaults are GeoChat's."""
+
+    r: int = 64
+    alpha: int = 16
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.05
+    use_dora: bool = False
+    train_projector: bool = False
+    """False: as GeoChat on a LLaVA base. True: as LLaVA-1.5."""
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base an adapter belongs to: a canonical folder, or the parts that a model was built from."""
+
+    model: Path
+    vision_tower: Path | None = None
+    projector: Path | None = None
+    fingerprint: str | None = None
+
+    @classmethod
+    def of(
+        cls, model: Path | str, vision_tower: Path | str | None = None, projector: Path | str | None = None
+    ) -> BaseRecord:
+        """The record of folders as they are now."""
+        return cls(
+            Path(model).absolute(),
+            Path(vision_tower).absolute() if vision_tower else None,
+            Path(projector).absolute() if projector else None,
+            base_fingerprint(model, vision_tower),
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> BaseRecord:
+        """From an adapter folder; one that another program wrote names the base in adapter_config.json only."""
+        if (folder / BASE).exists():
+            value = json.loads((folder / BASE).read_text(encoding="utf-8"))
+            paths = {name: Path(value[name]) if value.get(name) else None for name in _PATHS}
+            return cls(**paths, fingerprint=value.get("fingerprint"))  # type: ignore[arg-type]
+        value = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return cls(Path(value.get("base_model_name_or_path") or ""))
+
+    def moved_to(self, model: Path | str | None, vision_tower: Path | str | None) -> BaseRecord:
+        """The same base at the places the user names. Raises ValueError when it is not there or not the same."""
+        record = BaseRecord(
+            Path(model or self.model),
+            Path(vision_tower) if vision_tower else self.vision_tower,
+            self.projector,
+            self.fingerprint,
+        )
+        for flag, folder in (("--model-base", record.model), ("--vision-tower", record.vision_tower)):
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"the adapter's base {folder} is not there; say where it is with {flag}")
+        if self.fingerprint and base_fingerprint(record.model, record.vision_tower) != self.fingerprint:
+            raise ValueError(f"{record.model}: not the base this adapter was trained on (its weights differ)")
+        return record
+
+
+_PATHS = ("model", "vision_tower", "projector")
+
+
+def base_fingerprint(model: Path | str, vision_tower: Path | str | None = None) -> str:
+    """Fingerprint of a base: of its model folder, and of the CLIP folder where it was built from parts."""
+    own = fingerprint(model)
+    return f"{own}+{fingerprint(vision_tower)}" if vision_tower else own
+
+
+def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
+    """LoRA or DoRA on every linear layer of the language model; all else is frozen, but for the projector if asked.
+
+    The frozen vision tower is kept out of the autograd graph. Adapter weights have the dtype of the base.
+    """
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        use_dora=spec.use_dora,
+        target_modules=LLM_LINEARS,
+        modules_to_save=[_PROJECTOR] if spec.train_projector else None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return _wrap(model, config)
+
+
+def _wrap(model: Any, config: LoraConfig) -> PeftModel:
+    model.requires_grad_(False)
+    # float32 adapters beside a bfloat16 projector make ZeRO-3's flat buffers fail.
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    freeze_tower(adapted)
+    return adapted
+
+
+def trainable_groups(model: nn.Module) -> Groups:
+    """The parameters that train, by part: "lora", "projector", "vision_tower", "language_model"."""
+    groups: Groups = {"lora": [], "projector": [], "vision_tower": [], "language_model": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[_part(name)].append((name, parameter))
+    return groups
+
+
+def _part(name: str) -> str:
+    if ".lora_" in name:
+        return "lora"
+    if f"{_PROJECTOR}." in name:
+        return "projector"
+    return "vision_tower" if "vision_tower." in name else "language_model"
+
+
+def save_adapter(
+    model: PeftModel,
+    processor: Processor,
+    folder: Path | str,
+    *,
+    base: BaseRecord,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a complete adapter folder, atomically; other files in the folder stay.
+
+    state: gathered tensors under the model's own names where the model is sharded (ZeRO-3).
+    Raises ValueError when the folder cannot be written or holds a full model.
+    """
+    folder = Path(folder)
+    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+        raise ValueError(f"{folder}: holds a full model; save the adapter in a folder of its own")
+    tensors = {key: of_tensor(value) for key, value in _adapter_tensors(model, state).items()}
+    extra = _extra_tensors(model, state, with_projector=bool(base.vision_tower or base.projector))
+    config = model.peft_config["default"].to_dict()
+    config |= {"inference_mode": True, "base_model_name_or_path": str(base.model)}
+    record = {name: str(value) if value is not None else None for name, value in asdict(base).items()}
+    dtype = next(iter(tensors.values())).dtype
+    with staged(folder) as staging:
+        write_file(staging / WEIGHTS, tensors)
+        if extra:
+            write_file(staging / EXTRA, extra)
+        processor.save(staging)
+        _write_json(staging / "adapter_config.json", config)
+        _write_json(staging / "config.json", portable_config(model.get_base_model().config, dtype))
+        _write_json(staging / BASE, record)
+        written = {key: tuple(row["shape"]) for key, row in read_header(staging / WEIGHTS).items()}
+        assert_same_keys(tensors, written, f"{folder} (as written)")
+
+
+def load_adapter_state(model: PeftModel, folder: Path | str) -> None:
+    """Copy the tensors of an adapter folder into a model that has an adapter of this kind attached.
+
+    Raises ValueError when a tensor is missing, left over or of another shape: the adapter of another base.
+    """
+    folder = Path(folder)
+    found = (
+        open_file(folder / WEIGHTS)
+        if (folder / WEIGHTS).exists()
+        else open_file(folder / "adapter_model.bin")
+    )
+    places = _adapter_tensors(model, dict(model.named_parameters()))
+    wanted = {key: tuple(place.shape) for key, place in places.items()}
+    assert_same_keys(found, wanted, f"{folder} (adapter of another base?)")
+    for key, place in places.items():
+        if ".lora_" in key and place.dtype != found[key].dtype:
+            place.data = place.data.to(found[key].dtype)  # PEFT computes in the adapter's own precision
+        place.data.copy_(found[key].read())
+    if (folder / EXTRA).exists():
+        _load_extra(model.get_base_model(), open_file(folder / EXTRA), folder)
+
+
+def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = False) -> PeftModel:
+    """A base model with the adapter of a folder attached; `load_with_base` finds the base too."""
+    folder = Path(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder}: is a {config.peft_type} adapter; LoRA and DoRA are supported")
+    config.inference_mode = not trainable
+    adapted = _wrap(model, config)
+    load_adapter_state(adapted, folder)
+    return adapted if trainable else adapted.eval()
+
+
+def load_with_base(
+    path: Path,
+    base: Path | str | None = None,
+    *,
+    image_size: int | None = None,
+    vision_tower: Path | str | None = None,
+    **options: Any,
+) -> tuple[PeftModel, Processor]:
+    """Base, adapter and processor of an adapter folder; `options` as for `geochat.model.checkpoint.load`."""
+    record = BaseRecord.read(path).moved_to(base, vision_tower)
+    processor = Processor.load(path).with_image_size(image_size or adapter_image_size(path))
+    model: nn.Module
+    if record.vision_tower is not None:
+        config = LlavaConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        model, _ = build_model(
+            record.model,
+            record.vision_tower,
+            image_size=processor.image_size,
+            feature_layer=config.vision_feature_layer,
+            **options,
+        )
+    else:
+        model, _ = load(record.model, image_size=processor.image_size, **options)
+    return load_adapter(model, path), processor
+
+
+def open_base(
+    path: Path, base: Path | str | None, vision_tower: Path | str | None
+) -> tuple[LlavaConfig, State]:
+    """Configuration and unread weights of the base an adapter folder belongs to, at the adapter's image size."""
+    record = BaseRecord.read(path).moved_to(base, vision_tower)
+    size = adapter_image_size(path)
+    if record.vision_tower is None:
+        return read_checkpoint(record.model, size)[:2]
+    config = LlavaConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    layer = config.vision_feature_layer
+    return read_parts(record.model, record.vision_tower, image_size=size, feature_layer=layer)[:2]
+
+
+def adapter_image_size(path: Path) -> int:
+    """The resolution an adapter was trained at."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return int(config["vision_config"]["image_size"])
+
+
+def _adapter_tensors(model: PeftModel, state: dict[str, Any] | None) -> dict[str, Any]:
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+
+
+def _extra_tensors(model: PeftModel, state: dict[str, Tensor] | None, with_projector: bool) -> State:
+    """What a base folder does not give back: other trained weights, and a projector that came from elsewhere."""
+    found: State = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        frozen_projector = with_projector and _part(name) == "projector" and ".original_module." not in name
+        if parameter.requires_grad or frozen_projector:
+            tensor = state[name] if state is not None and name in state else parameter.detach()
+            found[canonical_key(name.removeprefix("base_model.model."))] = of_tensor(tensor)
+    return found
+
+
+def _load_extra(base: nn.Module, extra: State, folder: Path) -> None:
+    for key, entry in extra.items():
+        name = rename(key, CANONICAL, backwards=True)
+        try:
+            place = base.get_parameter(name or key)
+        except AttributeError:
+            raise ValueError(f"{folder}: the base has no {key}") from None
+        if tuple(place.shape) != entry.shape:
+            raise ValueError(f"{folder}: {key} is {list(entry.shape)}, the base has {list(place.shape)}")
+        with torch.no_grad():
+            place.copy_(entry.read())
+
+
+def _write_json(file: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, default=lambda item: sorted(item))
+    file.write_text(text + "\n", encoding="utf-8")
