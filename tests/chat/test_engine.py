@@ -1,0 +1,231 @@
+"""Batch invariance, streaming and refusals on a tiny random model in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from PIL import Image  # noqa: E402
+
+from geochat.chat import engine  # noqa: E402
+from geochat.chat.engine import Chat, Request  # noqa: E402
+from geochat.data.sample import Turn  # noqa: E402
+from geochat.model.build import build_model  # noqa: E402
+
+QUESTIONS = [
+    "Is there a ship in the image?",
+    "How many ships are there?",
+    "[refer] where is <p>the red ship</p> ?",
+    "Classify the given image in one of the following classes. Classes: harbour, desert",
+    "Describe the image in detail. " * 6,
+]
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_llm: Path, tiny_clip: Path) -> Chat:
+    model, processor = build_model(tiny_llm, tiny_clip, None, image_size=84, dtype=torch.float32)
+    with (
+        torch.no_grad()
+    ):  # far enough from ties that greedy choices differ between prompts, not between batches
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    return Chat(model, processor)
+
+
+@pytest.fixture(scope="module")
+def requests(tiny_records) -> list[Request]:
+    images = sorted(tiny_records.image_folder.iterdir())
+    asked = [Request.ask(question, image) for image in images for question in QUESTIONS]
+    asked.append(Request.ask("What does an infrared band show?"))
+    asked.append(Request.ask("What differs between the two?", images[0], images[1]))
+    asked.append(Request.ask(QUESTIONS[0], images[0]).follow("yes", "How many?"))
+    return asked
+
+
+def test_answers_do_not_depend_on_the_batch(chat: Chat, requests: list[Request]) -> None:
+    alone = [chat.answer([request], max_new_tokens=12)[0] for request in requests]
+    assert len({answer.token_ids for answer in alone}) > 5  # the questions are told apart
+    for batch_size in (2, 7, len(requests)):
+        assert chat.answer(requests, max_new_tokens=12, batch_size=batch_size) == alone
+    backwards = chat.answer(requests[::-1], max_new_tokens=12, batch_size=5)
+    assert backwards[::-1] == alone
+
+
+def test_logits_of_a_padded_prompt_equal_its_own(chat: Chat, requests: list[Request]) -> None:
+    pictures: dict = {}
+    prompts = [chat._prepare(i, request, 1, pictures) for i, request in enumerate(requests)]
+    with torch.inference_mode():
+        together = chat.model(**chat._embed(prompts, pictures), logits_to_keep=1).logits[:, 0]
+        for row, prompt in enumerate(prompts):
+            alone = chat.model(**chat._embed([prompt], pictures), logits_to_keep=1).logits[0, 0]
+            torch.testing.assert_close(together[row], alone, atol=2e-5, rtol=0)
+
+
+def test_equals_the_models_own_path_over_pixels(chat: Chat, requests: list[Request]) -> None:
+    """Features put in by us are those that transformers puts in from pixel values."""
+    pictures: dict = {}
+    prompt = chat._prepare(0, requests[0], 1, pictures)
+    pixels = chat.processor.pixels(engine.open_image(requests[0].images[0]))[None]
+    with torch.inference_mode():
+        ours = chat.model(**chat._embed([prompt], pictures)).logits
+        ids = torch.from_numpy(prompt.ids.astype("int64"))[None]
+        theirs = chat.model(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_an_image_is_encoded_once_for_all_its_questions(
+    chat: Chat, tiny_records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.open(tiny_records.image_folder / "wide.jpg").convert("RGB")
+    again = image.copy()
+    seen: list[int] = []
+    original = chat.model.get_image_features
+
+    def counted(pixel_values, **options):
+        seen.append(len(pixel_values))
+        return original(pixel_values=pixel_values, **options)
+
+    monkeypatch.setattr(chat.model, "get_image_features", counted)
+    fresh = Chat(chat.model, chat.processor)
+    fresh.answer([Request.ask(question, image) for question in QUESTIONS], max_new_tokens=2)
+    assert seen == [1]
+    fresh.answer([Request.ask(QUESTIONS[0], again)], max_new_tokens=2)  # equal pixels, another object
+    assert seen == [1]
+
+
+def test_the_feature_cache_is_bounded(chat: Chat, tiny_records) -> None:
+    small = Chat(chat.model, chat.processor, cached_images=2)
+    small.answer(
+        [Request.ask("What?", image) for image in sorted(tiny_records.image_folder.iterdir())],
+        max_new_tokens=1,
+    )
+    assert len(small._features) == 2
+
+
+def test_stream_is_the_answer_in_pieces(chat: Chat, requests: list[Request]) -> None:
+    for request in requests[:6]:
+        pieces = list(chat.stream(request, max_new_tokens=16))
+        assert "".join(pieces) == chat.answer([request], max_new_tokens=16)[0].text
+        assert all(pieces)
+
+
+def test_a_closed_stream_stops_the_model(chat: Chat, requests: list[Request]) -> None:
+    stream = chat.stream(requests[0], max_new_tokens=2000)
+    next(stream)
+    stream.close()
+    assert chat.answer([requests[0]], max_new_tokens=2)[0].token_ids
+
+
+def test_a_failure_in_the_streaming_thread_is_raised(
+    chat: Chat, requests: list[Request], monkeypatch
+) -> None:
+    monkeypatch.setattr(chat, "_embed", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(chat.stream(requests[0]))
+
+
+def test_no_token_without_text_is_generated(chat: Chat, requests: list[Request]) -> None:
+    config = chat._generation_config(4, 0.0, 1.0)
+    rows = chat.model.get_input_embeddings().weight.shape[0]
+    assert {chat.processor.image_token_id, chat.processor.pad_token_id, rows - 1} <= set(
+        config.suppress_tokens
+    )
+    assert not set(config.suppress_tokens) & set(chat._stops)
+
+
+def test_the_checkpoints_generation_config_changes_nothing(chat: Chat, requests: list[Request]) -> None:
+    before = chat.answer(requests[:3], max_new_tokens=8)
+    kept = chat.model.generation_config
+    try:
+        chat.model.generation_config = type(kept)(
+            do_sample=True,
+            temperature=5.0,
+            top_k=3,
+            repetition_penalty=9.0,
+            num_beams=1,
+            max_length=20,
+            min_length=9,
+        )
+        assert chat.answer(requests[:3], max_new_tokens=8) == before
+    finally:
+        chat.model.generation_config = kept
+
+
+def test_sampling_is_reproducible_under_a_seed(chat: Chat, requests: list[Request]) -> None:
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        texts.append(chat.answer(requests[:2], max_new_tokens=8, temperature=1.5, top_p=0.9))
+    assert texts[0] == texts[1]
+
+
+def test_the_context_bounds_the_answer(chat: Chat, requests: list[Request], monkeypatch) -> None:
+    length = len(chat._prepare(0, requests[0], 1, {}).ids)
+    monkeypatch.setattr(chat, "context", length + 3)
+    mixed = [requests[0], Request.ask("What?")]
+    answers = chat.answer(mixed, max_new_tokens=10)
+    assert len(answers[0].token_ids) <= 3
+    assert answers[1] == chat.answer([mixed[1]], max_new_tokens=10)[0]
+    monkeypatch.setattr(chat, "context", length)
+    with pytest.raises(ValueError, match=r"request 1: .* tokens leave no room"):
+        chat.answer([mixed[1], requests[0]])
+
+
+def test_batches_keep_to_the_token_budget() -> None:
+    import numpy as np
+
+    prompts = [engine._Prompt(i, np.zeros(n, np.int32), (), 5) for i, n in enumerate((10, 10, 40, 10, 200))]
+    sizes = [[p.index for p in batch] for batch in engine._batches(prompts, 3, 100, 5)]
+    assert sizes == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request((), (Turn("user", "a"), Turn("assistant", "b"))), "last turn must be the user's"),
+        (Request((), ()), "last turn must be the user's"),
+        (Request(("x.png",), (Turn("user", "a"),)), "0 <image> in the text for 1 images"),
+        (Request.ask("a", "nowhere/x.png"), "nowhere/x.png: cannot be read"),
+    ],
+)
+def test_refusals_name_the_request(chat: Chat, request_: Request, message: str) -> None:
+    with pytest.raises(ValueError, match="request 0: .*" + message):
+        chat.answer([request_])
+
+
+def test_unreadable_image(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"bad\.png: not an image file"):
+        chat.answer([Request.ask("What?", tmp_path / "bad.png")])
+
+
+def test_settings_out_of_range(chat: Chat, requests: list[Request]) -> None:
+    for options in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}):
+        with pytest.raises(ValueError, match=r"must|lies"):
+            chat.answer(requests[:1], **options)
+
+
+def test_nan_is_an_error_not_an_answer(chat: Chat, requests: list[Request]) -> None:
+    head = chat.model.lm_head.weight
+    kept = head.detach().clone()
+    try:
+        head.data.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="not numbers"):
+            chat.answer(requests[:1])
+    finally:
+        head.data.copy_(kept)
+
+
+def test_load_from_a_folder(chat: Chat, requests: list[Request], tmp_path: Path) -> None:
+    from geochat.model.checkpoint import save_model
+
+    save_model(chat.model, chat.processor, tmp_path / "model")
+    loaded = Chat.load(tmp_path / "model", device="cpu")
+    assert loaded.answer(requests[:4], max_new_tokens=6) == chat.answer(requests[:4], max_new_tokens=6)
+    with pytest.raises(ValueError, match="choose one"):
+        Chat.load(tmp_path / "model", load_4bit=True, load_8bit=True)
+    with pytest.raises(ValueError, match="not available"):
+        Chat.load(tmp_path / "model", device="tpu")
