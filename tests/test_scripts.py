@@ -50,3 +50,82 @@ def test_zero_file_is_the_stage_it_says(file: Path) -> None:
     assert config["zero_optimization"]["stage"] == int(re.findall(r"\d", file.name)[0])
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert config[key] == "auto", f"{file.name}: {key} belongs to the command line"
+
+
+RECIPES = [ROOT / "scripts" / name for name in ("finetune_lora.sh", "finetune.sh", "pretrain.sh")]
+
+
+@pytest.fixture
+def launch(tmp_path: Path):
+    """Run a recipe with a `torchrun` that only prints what it was given; nothing trains."""
+    (tmp_path / "bin").mkdir()
+    for name in ("torchrun", "deepspeed"):
+        launcher = tmp_path / "bin" / name
+        launcher.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        launcher.chmod(0o755)
+    for name in ("model", "tower", "images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "data.json").write_text("[]")
+    paths = {
+        "MODEL": str(tmp_path / "model"),
+        "VISION_TOWER": str(tmp_path / "tower"),
+        "DATA": str(tmp_path / "data.json"),
+        "IMAGES": str(tmp_path / "images"),
+        "OUTPUT": str(tmp_path / "run"),
+    }
+
+    def run(script: Path, *flags: str, **environment: str | None) -> subprocess.CompletedProcess:
+        variables = paths | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"} | environment
+        clean = {name: value for name, value in variables.items() if value is not None}
+        return subprocess.run(["bash", str(script), *flags], capture_output=True, text=True, env=clean)
+
+    return run
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=name_of)
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4, 8])
+def test_recipe_keeps_its_global_batch_on_any_number_of_gpus(script: Path, gpus: int, launch) -> None:
+    pytest.importorskip("torch")
+    from geochat.train.arguments import accumulation_for, parse_arguments
+
+    result = launch(script, GPUS=str(gpus))
+    if script.name == "pretrain.sh" and gpus == 3:
+        assert "256 cannot be split over 3 GPUs" in result.stderr
+        return
+    assert result.returncode == 0, result.stderr
+    words = result.stdout.splitlines()
+    flags = words[words.index("geochat.train.train") + 1 :]
+    zero = flags.index("--deepspeed")
+    assert Path(flags[zero + 1]).is_file()
+    del flags[zero : zero + 2]  # reading it would start the process group
+    model, _, training = parse_arguments([*flags, "--use_cpu", "True"])
+    per_device = training.per_device_train_batch_size
+    samples = per_device * accumulation_for(training.global_batch_size, per_device, 1, gpus) * gpus
+    expected = {
+        "finetune_lora.sh": (144, 2e-4, True),
+        "finetune.sh": (144, 2e-5, False),
+        "pretrain.sh": (256, 1e-3, False),
+    }
+    assert (samples, training.learning_rate, training.lora_enable) == expected[script.name]
+    assert (training.lora_r, training.lora_alpha, training.lora_dropout) == (64, 16, 0.05)
+    assert model.tune_mm_mlp_adapter == (script.name == "pretrain.sh")
+
+
+def test_recipe_names_what_is_missing(launch) -> None:
+    result = launch(RECIPES[0], MODEL=None)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: MODEL is not set")
+    result = launch(RECIPES[0], IMAGES="/nowhere/at/all")
+    assert result.returncode == 2
+    assert "/nowhere/at/all: no such folder" in result.stderr
+
+
+def test_recipe_refuses_a_batch_that_cannot_be_split(launch) -> None:
+    result = launch(RECIPES[0], GPUS="5")
+    assert result.returncode == 2
+    assert "140 and 145" in result.stderr
+
+
+def test_flags_given_to_a_recipe_come_last_and_win(launch) -> None:
+    words = launch(RECIPES[0], "--lora_r", "128", GPUS="2").stdout.splitlines()
+    assert words[-2:] == ["--lora_r", "128"]
