@@ -9,6 +9,7 @@ under canonical names.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,9 @@ def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
 def _wrap(model: Any, config: LoraConfig) -> PeftModel:
     model.requires_grad_(False)
     # float32 adapters beside a bfloat16 projector make ZeRO-3's flat buffers fail.
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():  # PEFT asks transformers under an old name; nothing a user can mend
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     freeze_tower(adapted)
     return adapted
 
@@ -213,6 +216,7 @@ def load_adapter(model: nn.Module, folder: Path | str, *, trainable: bool = Fals
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder}: is a {config.peft_type} adapter; LoRA and DoRA are supported")
     config.inference_mode = not trainable
+    config.base_model_name_or_path = None  # PEFT would warn that the object has no such name
     adapted = _wrap(model, config)
     load_adapter_state(adapted, folder)
     return adapted if trainable else adapted.eval()
