@@ -196,6 +196,23 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, tiny_clip: Path) -> Path:
+    """A canonical folder of `tiny_llm` and `tiny_clip`, float32. Its weights are doubled, so that greedy choices are
+    far from ties and differ between questions."""
+    torch = pytest.importorskip("torch")
+    from geochat.model.build import build_model
+    from geochat.model.checkpoint import save_model
+
+    model, processor = build_model(tiny_llm, tiny_clip, None, image_size=IMAGE_SIZE, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    folder = tmp_path_factory.mktemp("tiny-model") / "model"
+    save_model(model, processor, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_records(tmp_path_factory: pytest.TempPathFactory) -> TinyRecords:
     """Eight records of every task (one without an image, one of several turns) and their images of odd shapes."""
     root = tmp_path_factory.mktemp("tiny-records")

@@ -10,15 +10,20 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a JSON Lines file, or of a JSON array. ValueError names the file and the line."""
+def read_rows(path: str | Path, torn_end: bool = False) -> list[Row]:
+    """Rows of a JSON Lines file, or of a JSON array. ValueError names the file and the line.
+
+    `torn_end`: drop what follows the last newline, which a kill may have cut off.
+    """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig", errors="replace" if torn_end else "strict")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if torn_end:
+        text = text[: text.rfind("\n") + 1]
     if text.lstrip().startswith("["):
         try:
             numbered = list(enumerate(json.loads(text), 1))

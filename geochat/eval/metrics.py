@@ -154,16 +154,23 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float] | None:
 # -- boxes --------------------------------------------------------------------------------------------------------------
 
 
-def truth_polygons(truth: Any, size: tuple[int, int]) -> list[np.ndarray]:
-    """Polygons [4, 2] in pixels from a list of them, from one of them, or from box text in percent."""
+def truth_polygons(truth: Any, size: tuple[int, int] | None = None) -> list[np.ndarray]:
+    """Polygons [4, 2] in pixels from a list of them, from one of them, or from box text in percent (needs `size`)."""
     if isinstance(truth, str):
-        return [box.polygon(*size) for box in parse_boxes(truth)]
+        return _placed(truth, size)
     array = np.asarray(truth, dtype=float)
     if array.ndim == 2:
         array = array[None]
     if array.size and array.shape[1:] != (4, 2):
         raise ValueError(f"boxes must be lists of four [x, y] corners, not of shape {list(array.shape[1:])}")
     return list(array)
+
+
+def _placed(text: str, size: tuple[int, int] | None) -> list[np.ndarray]:
+    boxes = parse_boxes(text)
+    if boxes and size is None:
+        raise ValueError("the image's width and height are needed to place boxes given in percent")
+    return [box.polygon(*size) for box in boxes] if size else []
 
 
 def match_boxes(truth: Sequence[np.ndarray], predicted: Sequence[np.ndarray], iou: IouMode) -> list[float]:
@@ -178,10 +185,7 @@ def match_boxes(truth: Sequence[np.ndarray], predicted: Sequence[np.ndarray], io
 
 def judge_boxes(answer: str, question: Question) -> Verdict:
     """Matched IoU per true box. `first` is the IoU of the first predicted box, when there is one true box."""
-    if question.size is None:
-        raise ValueError("the image's width and height are needed to score boxes")
-    truth = truth_polygons(question.truth, question.size)
-    predicted = [box.polygon(*question.size) for box in parse_boxes(answer)]
+    truth, predicted = truth_polygons(question.truth, question.size), _placed(answer, question.size)
     parsed = bool(predicted) or not truth  # where there is nothing to find, no box is a readable answer
     verdict: Verdict = {
         "parsed": parsed,

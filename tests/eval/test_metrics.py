@@ -196,7 +196,10 @@ def test_truth_forms() -> None:
     with pytest.raises(ValueError, match="four"):
         truth_polygons([[1, 2, 3, 4]], (9, 9))
     with pytest.raises(ValueError, match="width and height"):
-        judge_boxes("", Question(polygon))
+        judge_boxes("{<1><2><3><4>}", Question(polygon))
+    assert judge_boxes("", Question(polygon))["ious"] == [
+        0.0
+    ]  # a question that could not be asked still counts
 
 
 percent = st.integers(-20, 120)

@@ -1,0 +1,115 @@
+"""From questions to answered rows: what is asked, asking, and what an earlier run has left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from geochat.chat.engine import Chat, Request
+from geochat.eval.benchmark import Benchmark, index_by_id
+from geochat.eval.files import Row, read_rows
+
+ANSWERS, PARTIAL = "answers.jsonl", "answers.partial.jsonl"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question: the row that its answer will stand in, and the picture."""
+
+    row: Row
+    image: Path | None
+
+    @property
+    def request(self) -> Request:
+        return Request.ask(self.row["prompt"], *([self.image] if self.image else []))
+
+
+def collect(
+    benchmark: Benchmark, questions: Sequence[Row], image_folder: Path, limit: int | None = None
+) -> list[Item]:
+    """Questions with their prompts and pictures, those that the benchmark leaves out excepted.
+
+    Raises ValueError naming the question for a missing column, and the first missing files for missing pictures.
+    """
+    items: list[Item] = []
+    for question in questions:
+        if limit is not None and len(items) == limit:
+            break
+        where = f"{benchmark.name}: question {question['question_id']}"
+        if (row := benchmark.prepare(question, where)) is None:
+            continue
+        image = image_folder / benchmark.image_of(row, where) if benchmark.image else None
+        # Beside an answer, `text` are the model's words and `answer` would be mistaken for them.
+        columns = {
+            "expected" if key == "answer" else key: value for key, value in question.items() if key != "text"
+        }
+        size = _size(image) if image else {}
+        items.append(Item({**columns, **size, "prompt": benchmark.prompt_of(row, where)}, image))
+    missing = [item.image for item in items if item.image and not item.image.is_file()]
+    if missing:
+        some = ", ".join(str(path) for path in missing[:3])
+        raise ValueError(
+            f"{len(missing)} of {len(items)} images are not there ({some} …); give --image-folder"
+        )
+    return items
+
+
+def ask(chat: Chat, items: Sequence[Item], *, batch_size: int, max_new_tokens: int) -> Iterator[list[Row]]:
+    """Answered rows, some batches at a time. A question that cannot be asked has text None and says why in `error`."""
+    step = 4 * batch_size
+    for start in range(0, len(items), step):
+        chunk = items[start : start + step]
+        try:
+            rows = _answered(chat, chunk, batch_size, max_new_tokens)
+        except ValueError:  # one of them is at fault: ask singly, and let the others not suffer for it
+            rows = []
+            for item in chunk:
+                try:
+                    rows += _answered(chat, [item], 1, max_new_tokens)
+                except ValueError as error:
+                    reason = str(error).removeprefix("request 0: ")
+                    rows.append({**item.row, "text": None, "finished": False, "error": reason})
+        yield rows
+
+
+def resume(folder: Path, items: Sequence[Item], identity: Row) -> dict[str, Row]:
+    """Answers that an earlier run left in the folder, by question_id; failed ones are asked again.
+
+    Raises ValueError when they come from another model, another prompt or other settings.
+    """
+    rows: list[Row] = []
+    if (folder / PARTIAL).exists():
+        rows = read_rows(folder / PARTIAL, torn_end=True)
+    elif (folder / ANSWERS).exists():
+        rows = read_rows(folder / ANSWERS)
+    done = index_by_id([row for row in rows if row.get("text") is not None], str(folder))
+    for item in items:
+        if (row := done.get(str(item.row["question_id"]))) is None:
+            continue
+        for key, value in {**identity, "prompt": item.row["prompt"]}.items():
+            if row.get(key) != value:
+                raise ValueError(
+                    f"{folder}: holds answers of another run ({key} was {row.get(key)!r}, now {value!r}); "
+                    "choose another --output, or delete them"
+                )
+    return done
+
+
+def _answered(chat: Chat, items: Sequence[Item], batch_size: int, max_new_tokens: int) -> list[Row]:
+    answers = chat.answer(
+        [item.request for item in items], max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    return [
+        {**item.row, "text": a.text, "finished": a.finished} for item, a in zip(items, answers, strict=True)
+    ]
+
+
+def _size(image: Path) -> Row:
+    try:
+        with Image.open(image) as opened:
+            return {"width": opened.width, "height": opened.height}
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return {}  # the question will be counted as not asked, with the reason
