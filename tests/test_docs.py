@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
+import io
+import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 import tomllib
 from functools import cache
@@ -57,12 +60,22 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 @cache
-def help_of(*command: str) -> str:
-    result = subprocess.run(
-        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=180
-    )
-    assert result.returncode == 0, f"{' '.join(command)} --help fails:\n{result.stderr[-2000:]}"
-    return result.stdout
+def help_of(module_or_script: str) -> str:
+    """What `--help` prints. Run in this process: starting another one costs ten seconds of imports."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [module_or_script, "--help"])
+        with pytest.raises(SystemExit) as end:
+            run(module_or_script)
+    assert end.value.code in (0, None), f"{module_or_script} --help ends with {end.value.code}"
+    return printed.getvalue()
+
+
+def run(module_or_script: str) -> None:
+    if module_or_script.endswith(".py"):
+        runpy.run_path(str(ROOT / module_or_script), run_name="__main__")
+    else:
+        importlib.import_module(module_or_script).main(["--help"])
 
 
 def unknown_flags(words: list[str], text: str) -> list[str]:
@@ -96,9 +109,7 @@ def test_command_exists(place: str, words: list[str]) -> None:
     if name.startswith("python") and len(words) > 1:
         if words[1] in {"-m", "--module"} and words[2].startswith("geochat"):
             assert importlib.util.find_spec(words[2]), f"{place}: no module {words[2]}"
-            assert not (wrong := unknown_flags(words[3:], help_of("-m", words[2]))), (
-                f"{place}: unknown {wrong}"
-            )
+            assert not (wrong := unknown_flags(words[3:], help_of(words[2]))), f"{place}: unknown {wrong}"
         elif words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), f"{place}: no script {words[1]}"
             assert not (wrong := unknown_flags(words[2:], help_of(words[1]))), f"{place}: unknown {wrong}"
@@ -106,8 +117,10 @@ def test_command_exists(place: str, words: list[str]) -> None:
         script = ROOT / words[1]
         assert script.is_file(), f"{place}: no script {words[1]}"
         text = script.read_text(encoding="utf-8")
+        if "launch.sh" in text:
+            text += (ROOT / "scripts" / "launch.sh").read_text(encoding="utf-8")
         if "geochat.train.train" in text:
-            wrong = unknown_flags(words[2:], help_of("-m", "geochat.train.train"))
+            wrong = unknown_flags(words[2:], help_of("geochat.train.train"))
             assert not wrong, f"{place}: {words[1]} does not take {wrong}"
         unread = [
             name for name in variables if name not in text and not name.startswith(("CUDA_", "OMP_", "HF_"))
@@ -134,6 +147,25 @@ def test_python_example_compiles_and_its_names_exist(block: Block) -> None:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 assert importlib.util.find_spec(alias.name), f"{block.page}:{block.line}: no {alias.name}"
+
+
+def data_blocks() -> list[Block]:
+    return [block for page in PAGES for block in blocks(page) if block.language in {"json", "toml"}]
+
+
+@pytest.mark.parametrize("block", data_blocks(), ids=lambda block: f"{block.page}:{block.line}")
+def test_data_example_is_what_the_package_reads(block: Block) -> None:
+    from geochat.data.sample import Sample
+    from geochat.eval.benchmark import Benchmark
+
+    if block.language == "json":
+        record = json.loads(block.text)
+        if "conversations" in record:
+            Sample.from_record(record)
+    else:
+        table = tomllib.loads(block.text)
+        if "name" in table:
+            Benchmark.parse(table, ROOT, block.page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
