@@ -59,7 +59,8 @@ class ModelArguments:
     """Chat template; default: the checkpoint's own, or `vicuna_v1` for a model built from parts."""
     image_size: int | None = None
     """Pixels per side. Default: the folder's own, or 504 for a model built from parts."""
-    mm_vision_select_layer: int = -2
+    mm_vision_select_layer: int | None = None
+    """Hidden state of the tower that the projector sees. Default: what the model folder says, or -2."""
     mm_projector_type: str = "mlp2x_gelu"
     mm_use_im_start_end: bool = False
     attn_implementation: str = "sdpa"

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 REDRAW_SECONDS = 60
-SMOOTHING = 0.9
+SMOOTHED_SHARE = 0.05
+"""Share of the curve that the smoothed line averages over."""
 
 
 class LossCurve(TrainerCallback):
@@ -56,8 +57,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def smoothed(values: list[float], factor: float = SMOOTHING) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
     """Exponential mean, corrected for its start (as Adam's moments are)."""
+    factor = max(0.0, 1 - 1 / (SMOOTHED_SHARE * len(values)))
     mean, weight, result = 0.0, 0.0, []
     for value in values:
         mean = factor * mean + (1 - factor) * value

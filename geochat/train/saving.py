@@ -47,7 +47,7 @@ class RunSaver:
     def save(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """state_dict: gathered tensors under the model's own names, where the model itself holds only shards."""
         if self.kind == "adapter":
-            save_adapter(self.model, self.processor, folder, base=self.base, state_dict=state_dict)
+            save_adapter(self.model, self.processor, folder, base=self.base, state=state_dict)
         elif self.kind == "projector":
             save_projector(self.model, folder / PROJECTOR_FILE, state_dict)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,7 @@ from torch import nn
 from geochat.data.store import InstructionStore
 from geochat.model.adapter import AdapterSpec, BaseRecord, attach, trainable_groups
 from geochat.model.build import build_model
-from geochat.model.checkpoint import fingerprint, load
+from geochat.model.checkpoint import load
 from geochat.model.processor import Processor
 from geochat.train.arguments import (
     IMAGE_MODES,
@@ -33,7 +34,7 @@ from geochat.train.arguments import (
 from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
 from geochat.train.dataset import BadSampleError, InstructionDataset
-from geochat.train.recipe import choose_trainable, compute_dtype, describe
+from geochat.train.recipe import choose_trainable, compute_dtype, describe, unfreeze_tower
 from geochat.train.saving import Kind, RunSaver, checkpoints, load_projector, remove
 from geochat.train.trainer import Trainer
 
@@ -43,6 +44,9 @@ Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 def main(argv: list[str] | None = None) -> None:
     """Raises: SystemExit(2), after one line on stderr, for input that cannot be used."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # peft's use of old names
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         trainer, resume = prepare(arguments)
@@ -107,7 +111,9 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             processor = processor.with_template(model_args.version)
         if projector:
             load_projector(model, projector)
-        tower = None
+        if tower:
+            args.notes.append(f"--vision_tower is not used: {folder} holds its tower")
+            tower = None
     else:
         if tower is None:
             raise ValueError(f"{folder} holds no vision tower: name a CLIP folder with --vision_tower")
@@ -122,7 +128,7 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             attn_implementation=model_args.attn_implementation,
         )
     processor.image_mode = IMAGE_MODES[data_args.image_aspect_ratio]
-    return model, processor, BaseRecord(folder, tower, projector, fingerprint(folder))
+    return model, processor, BaseRecord.of(folder, tower, projector)
 
 
 def is_canonical(folder: Path) -> bool:
@@ -147,9 +153,7 @@ def make_trainable(
         )
         model = attach(base, spec)
         if model_args.tune_vision_tower:
-            raise ValueError(
-                "--tune_vision_tower needs --lora_enable False: an adapter folder holds no tower"
-            )
+            unfreeze_tower(base, model_args.tune_vit_from_layer)
         if not args.deepspeed:
             for members in trainable_groups(model).values():
                 for _, parameter in members:

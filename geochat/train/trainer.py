@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from geochat.data.encode import IGNORE_INDEX
+from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
-from geochat.train.recipe import parameter_groups
+from geochat.train.recipe import parameter_groups, zero_stage
 from geochat.train.sampler import EpochSampler
 from geochat.train.saving import RunSaver
 
@@ -65,24 +65,6 @@ class DummyImage:
         }
 
 
-def detach_frozen_tower(tower: nn.Module) -> None:
-    """Run a tower without trainable parameters outside autograd, as the originals do.
-
-    Recomputation makes transformers require gradients of every embedding output, the tower's patches included, and
-    24 frozen blocks would enter the graph.
-    """
-    if any(parameter.requires_grad for parameter in tower.parameters()):
-        return
-    forward = tower.forward
-
-    @functools.wraps(forward)
-    def without_gradients(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return forward(*args, **kwargs)
-
-    tower.forward = without_gradients  # type: ignore[method-assign]
-
-
 class Trainer(transformers.Trainer):
     """Differs from its parent in what is specific to grounded vision-language models, see the methods.
 
@@ -93,7 +75,8 @@ class Trainer(transformers.Trainer):
     args: TrainingArguments
 
     def __init__(self, *, base: nn.Module, saver: RunSaver, **kwargs: Any) -> None:
-        detach_frozen_tower(base.model.vision_tower)
+        if not any(parameter.requires_grad for parameter in base.model.vision_tower.parameters()):
+            freeze_tower(base)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
         self.saver = saver
@@ -123,7 +106,7 @@ class Trainer(transformers.Trainer):
         keep[:, :-1] = targets != IGNORE_INDEX
         self.rows.keep, self.dummy.active = keep, "pixel_values" not in inputs
         try:
-            outputs = model(**inputs)
+            outputs = model(**inputs, use_cache=False)
         finally:
             self.rows.keep, self.dummy.active = None, False
         total = F.cross_entropy(outputs["logits"].float(), targets[keep[:, :-1]], reduction="sum")
@@ -211,13 +194,24 @@ class Trainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""
-        state = None
-        if self.is_deepspeed_enabled and self.accelerator.deepspeed_plugin.zero_stage == 3:
-            state = self.deepspeed._zero3_consolidated_16bit_state_dict(
-                exclude_frozen_parameters=self.saver.partial
-            )
+        gathered = self._gather_weights() if self._is_sharded() else None
         if self.args.should_save:
-            self.saver.save(Path(output_dir or self.args.output_dir), state)
+            self.saver.save(Path(output_dir or self.args.output_dir), gathered)
+
+    def _is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled and zero_stage(self.args) == 3
+
+    def _gather_weights(self) -> dict[str, torch.Tensor]:
+        """What a save needs of weights that ZeRO-3 has spread; every process takes part."""
+        import deepspeed
+
+        weights = self.deepspeed._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters=self.saver.partial
+        )
+        projector = {n: p for n, p in self.model.named_parameters() if "multi_modal_projector." in n}
+        with deepspeed.zero.GatheredParameters(list(projector.values())):  # an adapter may carry a frozen one
+            copies = {name: parameter.detach().cpu().clone() for name, parameter in projector.items()}
+        return {**copies, **(weights or {})}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.saver.restore(Path(resume_from_checkpoint))

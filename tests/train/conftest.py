@@ -1,0 +1,71 @@
+"""A tiny canonical base and the command that trains it, for tests that run the real program."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from geochat.model.build import build_model
+from geochat.model.checkpoint import save_model
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_llm: Path, tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Canonical folder: the tiny tower at 84 px and the tiny LLM."""
+    folder = tmp_path_factory.mktemp("tiny-base")
+    save_model(*build_model(tiny_llm, tiny_clip, None, image_size=84, dtype=torch.float32), folder)
+    return folder
+
+
+@pytest.fixture
+def flags(tiny_base: Path, tiny_records) -> list[str]:
+    """Training flags for a run of seconds; tests add --output_dir and what they are about."""
+    values = {
+        "model_name_or_path": tiny_base,
+        "data_path": tiny_records.file,
+        "image_folder": tiny_records.image_folder,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "lora_r": 4,
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def start():
+    """Starts the real program in a process of its own, with one thread, so that sums are added in one order."""
+
+    def start(
+        arguments: list[str], program: tuple[str, ...] = ("-m", "geochat.train.train")
+    ) -> subprocess.Popen:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.Popen(
+            [sys.executable, *program, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def finish():
+    """Waits for a started program and returns what it printed."""
+
+    def finish(process: subprocess.Popen, expected: int = 0) -> str:
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == expected, output
+        return output
+
+    return finish
