@@ -218,12 +218,12 @@ def write_tokenizer_files(
     tokenizer: None: the one that the `tokenizer.model` of this folder describes.
     sentencepiece: the content of `tokenizer.model`.
 
-    The class is named as the generic one on purpose: `LlamaTokenizer` of transformers 5 would rebuild the tokenizer
-    from the vocabulary and lose the second space of a stretch that starts with a space. llama.cpp and older tools
-    read tokenizer.model and `legacy`.
+    A sentencepiece tokenizer is declared as `LlamaTokenizer` with `legacy`, which releases 4.x and 5.x, vLLM and
+    llama.cpp's converter understand alike; any other as the generic class that takes tokenizer.json as it is.
     """
     if tokenizer is None:
         tokenizer = convert_sentencepiece(folder / "tokenizer.model")
+        sentencepiece = (folder / "tokenizer.model").read_bytes()
     backend = tokenizer.backend_tokenizer
     backend.save(str(folder / "tokenizer.json"))
     if sentencepiece is not None:
@@ -246,7 +246,7 @@ def write_tokenizer_files(
     }
     image = {"image_token": "<image>"} if backend.token_to_id("<image>") is not None else {}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast" if sentencepiece is None else "LlamaTokenizer",
         "legacy": True,
         "added_tokens_decoder": decoder,
         "extra_special_tokens": image,
