@@ -6,11 +6,9 @@ positions count from each prompt's own first token. An image is encoded once for
 
 from __future__ import annotations
 
-import hashlib
-import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,34 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from PIL import Image
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from geochat.chat.request import Picture, Prompt, Request, batches, picture_key
+from geochat.chat.runtime import Finite, Stopped, TokenQueue, default_dtype, pick_device
 from geochat.data.images import open_image
-from geochat.data.sample import IMAGE_TOKEN, Turn, user_turn
+from geochat.data.sample import IMAGE_TOKEN
 from geochat.model import checkpoint
 from geochat.model.processor import Processor
 
-Picture = Image.Image | str | Path
-
-
-@dataclass(frozen=True)
-class Request:
-    """A conversation that ends with a question, and the images it is about, in the order of their marks."""
-
-    images: tuple[Picture, ...]
-    turns: tuple[Turn, ...]
-
-    @classmethod
-    def ask(cls, text: str, *images: Picture) -> Request:
-        """One question about the images (none for a question without a picture)."""
-        return cls(images, (user_turn(text, len(images)),))
-
-    def follow(self, answer: str, question: str) -> Request:
-        """The conversation after the model's answer and the user's next question."""
-        return Request(self.images, (*self.turns, Turn("assistant", answer), Turn("user", question)))
+__all__ = ["Answer", "Chat", "Request"]
 
 
 @dataclass(frozen=True)
@@ -55,14 +37,6 @@ class Answer:
     """New tokens, without the stop token."""
     finished: bool
     """False when the token budget ended the answer."""
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    index: int
-    ids: np.ndarray  # int32 [tokens], image placeholders expanded
-    images: tuple[str, ...]  # keys of the feature cache
-    budget: int  # new tokens that still fit into the model's context
 
 
 class Chat:
@@ -103,7 +77,7 @@ class Chat:
         model, processor = checkpoint.load(
             Path(path),
             base=Path(base) if base else None,
-            dtype=dtype or _default_dtype(device),
+            dtype=dtype or default_dtype(device),
             device=device,
             quantization=quantization,
             **options,
@@ -132,21 +106,30 @@ class Chat:
         # Questions on one image stay together, neighbours in length share a batch.
         prompts.sort(key=lambda p: (len(p.images), [first_seen[key] for key in p.images], len(p.ids)))
         answers: dict[int, Answer] = {}
-        for batch in _batches(prompts, batch_size, token_budget, max_new_tokens):
+        for batch in batches(prompts, batch_size, token_budget, max_new_tokens):
             new_ids = self._generate(batch, pictures, config)
             for prompt, row in zip(batch, new_ids.tolist(), strict=True):
                 answers[prompt.index] = self._finish(row, prompt.budget)
         return [answers[i] for i in range(len(requests))]
 
+    def answer_each(self, requests: Sequence[Request], **options: Any) -> list[Answer | ValueError]:
+        """As `answer`, but a request that cannot be asked gives its error and does not stop the others."""
+        try:
+            return list(self.answer(requests, **options))
+        except ValueError as error:
+            if len(requests) == 1:
+                return [ValueError(str(error).removeprefix("request 0: "))]
+        return [result for request in requests for result in self.answer_each([request], **options)]
+
     def stream(
         self, request: Request, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """The answer piece by piece; the pieces together are `Answer.text`. Closing the iterator stops the model."""
         config = self._generation_config(max_new_tokens, temperature, top_p)
         pictures: dict[str, Picture] = {}
         prompt = self._prepare(0, request, max_new_tokens, pictures)
         config.max_new_tokens = prompt.budget
-        tokens = _TokenQueue()
+        tokens = TokenQueue()
         stopped = threading.Event()
         failure: list[BaseException] = []
 
@@ -170,7 +153,7 @@ class Chat:
 
     # -- the prompt -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, index: int, request: Request, wanted: int, pictures: dict[str, Picture]) -> _Prompt:
+    def _prepare(self, index: int, request: Request, wanted: int, pictures: dict[str, Picture]) -> Prompt:
         """Encode one request and note its images under their keys."""
         if not request.turns or request.turns[-1].role != "user":
             raise ValueError(f"request {index}: the last turn must be the user's question")
@@ -181,7 +164,7 @@ class Chat:
             )
         try:
             ids = self._encoder.encode_prompt(request.turns)
-            keys = [_key(picture) for picture in request.images]
+            keys = [picture_key(picture) for picture in request.images]
         except ValueError as error:
             raise ValueError(f"request {index}: {error}") from None
         budget = min(wanted, self.context - len(ids))
@@ -190,9 +173,9 @@ class Chat:
                 f"request {index}: {len(ids)} tokens leave no room in a context of {self.context}"
             )
         pictures.update(zip(keys, request.images))
-        return _Prompt(index, ids, tuple(keys), budget)
+        return Prompt(index, ids, tuple(keys), budget)
 
-    def _embed(self, batch: Sequence[_Prompt], pictures: dict[str, Picture]) -> dict[str, torch.Tensor]:
+    def _embed(self, batch: Sequence[Prompt], pictures: dict[str, Picture]) -> dict[str, torch.Tensor]:
         """Left-padded embeddings [request, token, hidden], mask and positions [request, token]."""
         features = self._encode_images(dict.fromkeys(key for p in batch for key in p.images), pictures)
         width = max(len(p.ids) for p in batch)
@@ -231,7 +214,7 @@ class Chat:
     @torch.inference_mode()
     def _generate(
         self,
-        batch: Sequence[_Prompt],
+        batch: Sequence[Prompt],
         pictures: dict[str, Picture],
         config: GenerationConfig,
         streamer: BaseStreamer | None = None,
@@ -241,8 +224,8 @@ class Chat:
         return self.model.generate(
             **self._embed(batch, pictures),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Finite()]),
-            stopping_criteria=StoppingCriteriaList([_Stopped(stopped)] if stopped else []),
+            logits_processor=LogitsProcessorList([Finite()]),
+            stopping_criteria=StoppingCriteriaList([Stopped(stopped)] if stopped else []),
             streamer=streamer,
         )
 
@@ -287,7 +270,7 @@ class Chat:
     def _is_byte(self, token: int) -> bool:
         return self.processor.tokenizer.convert_ids_to_tokens(token).startswith("<0x")
 
-    def _pieces(self, tokens: _TokenQueue, budget: int) -> Iterator[str]:
+    def _pieces(self, tokens: TokenQueue, budget: int) -> Iterator[str]:
         """Text as it grows. Outer white space and half-received characters are held back: a run of byte tokens is
         decoded as a whole, so nothing of it is certain before another kind of token follows."""
         ids: list[int] = []
@@ -302,89 +285,3 @@ class Chat:
         rest = self._finish(ids, budget).text[len(shown) :]
         if rest:
             yield rest
-
-
-class _TokenQueue(BaseStreamer):
-    """Tokens from the generating thread to the reading one."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self._queue.put(int(value.reshape(-1)[0]))
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        self._queue.put(None)
-
-    def __iter__(self) -> Iterator[int]:
-        while (token := self._queue.get()) is not None:
-            yield token
-
-
-class _Stopped(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-class _Finite(LogitsProcessor):
-    """A model whose numbers have overflown says so; its answers would be noise."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if torch.isnan(scores).any():
-            raise RuntimeError(
-                f"the model's scores are not numbers ({scores.dtype}); load it in a wider dtype"
-            )
-        return scores
-
-
-def pick_device(name: str = "auto") -> str:
-    """ "auto": CUDA, else Apple's MPS, else the CPU. ValueError when a named device is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.split(":")[0]
-    missing = (kind == "cuda" and not torch.cuda.is_available()) or (
-        kind == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing or kind not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device {name!r} is not available here; use auto, cpu, cuda, cuda:N or mps")
-    return name
-
-
-def _default_dtype(device: str) -> torch.dtype:
-    if device == "cpu":
-        return torch.float32
-    wide = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if wide else torch.float16
-
-
-def _key(picture: Picture) -> str:
-    """Equal for equal pictures: a file by its path, time and size, a picture in memory by its pixels."""
-    if isinstance(picture, Image.Image):
-        return hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()
-    try:
-        status = Path(picture).stat()
-    except OSError as error:
-        raise ValueError(f"{picture}: cannot be read ({error.strerror})") from None
-    return f"{Path(picture).absolute()}\0{status.st_mtime_ns}\0{status.st_size}"
-
-
-def _batches(
-    prompts: Sequence[_Prompt], batch_size: int, token_budget: int, new_tokens: int
-) -> Iterator[list[_Prompt]]:
-    batch: list[_Prompt] = []
-    width = 0
-    for prompt in prompts:
-        grown = max(width, len(prompt.ids) + new_tokens)
-        if batch and (len(batch) == batch_size or grown * (len(batch) + 1) > token_budget):
-            yield batch
-            batch, grown = [], len(prompt.ids) + new_tokens
-        batch.append(prompt)
-        width = grown
-    if batch:
-        yield batch

@@ -59,20 +59,16 @@ def collect(
 
 def ask(chat: Chat, items: Sequence[Item], *, batch_size: int, max_new_tokens: int) -> Iterator[list[Row]]:
     """Answered rows, some batches at a time. A question that cannot be asked has text None and says why in `error`."""
-    step = 4 * batch_size
-    for start in range(0, len(items), step):
-        chunk = items[start : start + step]
-        try:
-            rows = _answered(chat, chunk, batch_size, max_new_tokens)
-        except ValueError:  # one of them is at fault: ask singly, and let the others not suffer for it
-            rows = []
-            for item in chunk:
-                try:
-                    rows += _answered(chat, [item], 1, max_new_tokens)
-                except ValueError as error:
-                    reason = str(error).removeprefix("request 0: ")
-                    rows.append({**item.row, "text": None, "finished": False, "error": reason})
-        yield rows
+    for start in range(0, len(items), 4 * batch_size):
+        chunk = items[start : start + 4 * batch_size]
+        requests = [item.request for item in chunk]
+        results = chat.answer_each(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        yield [
+            {**item.row, "text": None, "finished": False, "error": str(result)}
+            if isinstance(result, ValueError)
+            else {**item.row, "text": result.text, "finished": result.finished}
+            for item, result in zip(chunk, results, strict=True)
+        ]
 
 
 def resume(folder: Path, items: Sequence[Item], identity: Row) -> dict[str, Row]:
@@ -96,15 +92,6 @@ def resume(folder: Path, items: Sequence[Item], identity: Row) -> dict[str, Row]
                     "choose another --output, or delete them"
                 )
     return done
-
-
-def _answered(chat: Chat, items: Sequence[Item], batch_size: int, max_new_tokens: int) -> list[Row]:
-    answers = chat.answer(
-        [item.request for item in items], max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    return [
-        {**item.row, "text": a.text, "finished": a.finished} for item, a in zip(items, answers, strict=True)
-    ]
 
 
 def _size(image: Path) -> Row:

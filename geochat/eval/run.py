@@ -14,11 +14,11 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from geochat.chat.arguments import add_model_arguments, load_chat
 from geochat.chat.engine import Chat
 from geochat.eval.answers import ANSWERS, PARTIAL, ask, collect, resume
 from geochat.eval.benchmark import Benchmark, index_by_id
@@ -79,24 +79,6 @@ def run(arguments: argparse.Namespace) -> Scores:
     return scores
 
 
-def load_chat(arguments: argparse.Namespace) -> Chat:
-    options = {"vision_tower": arguments.vision_tower, "image_size": arguments.image_size}
-    chat = Chat.load(
-        arguments.model_path,
-        arguments.model_base,
-        device=arguments.device,
-        load_4bit=arguments.load_4bit,
-        load_8bit=arguments.load_8bit,
-        **{key: value for key, value in options.items() if value is not None},
-    )
-    processor = chat.processor
-    if arguments.conv_mode:
-        processor = processor.with_template(arguments.conv_mode)
-    if arguments.image_mode:
-        processor = replace(processor, image_mode=arguments.image_mode)
-    return chat if processor is chat.processor else Chat(chat.model, processor)
-
-
 def _fingerprint(arguments: argparse.Namespace) -> str:
     return "+".join(fingerprint(path) for path in (arguments.model_path, arguments.model_base) if path)
 
@@ -116,9 +98,7 @@ def _decoding(chat: Chat, max_new_tokens: int, arguments: argparse.Namespace) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m geochat.eval.run", description=__doc__.split("\n")[0])
-    parser.add_argument("--model-path", type=Path, required=True, help="merged or adapter folder")
-    parser.add_argument("--model-base", type=Path, help="base of an adapter, where not the recorded one")
-    parser.add_argument("--vision-tower", type=Path, help="CLIP folder, where the model folder has none")
+    add_model_arguments(parser)
     parser.add_argument("--benchmark", required=True, help="name of a benchmark or a .toml file")
     parser.add_argument("--output", type=Path, required=True, help="folder for answers and scores")
     parser.add_argument("--questions", type=Path, help="question file, where not where the benchmark says")
@@ -129,18 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--iou", choices=IOU_MODES, default="rotated", help="hbb: of the horizontal envelopes"
     )
-    parser.add_argument("--conv-mode", help="chat template; default: the checkpoint's")
-    parser.add_argument("--image-mode", choices=("pad", "crop"), help="default: the checkpoint's")
-    parser.add_argument(
-        "--image-size", type=int, help="default: the checkpoint's; else the table is resampled"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps")
-    parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument("--load-8bit", action="store_true")
     arguments = parser.parse_args(argv)
     try:
         scores = run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     print(table(scores))
     if scores["not_asked"]:

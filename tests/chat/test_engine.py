@@ -12,6 +12,7 @@ from PIL import Image  # noqa: E402
 
 from geochat.chat import engine  # noqa: E402
 from geochat.chat.engine import Chat, Request  # noqa: E402
+from geochat.chat.request import Prompt, batches  # noqa: E402
 from geochat.data.sample import Turn  # noqa: E402
 
 QUESTIONS = [
@@ -170,8 +171,8 @@ def test_the_context_bounds_the_answer(chat: Chat, requests: list[Request], monk
 def test_batches_keep_to_the_token_budget() -> None:
     import numpy as np
 
-    prompts = [engine._Prompt(i, np.zeros(n, np.int32), (), 5) for i, n in enumerate((10, 10, 40, 10, 200))]
-    sizes = [[p.index for p in batch] for batch in engine._batches(prompts, 3, 100, 5)]
+    prompts = [Prompt(i, np.zeros(n, np.int32), (), 5) for i, n in enumerate((10, 10, 40, 10, 200))]
+    sizes = [[p.index for p in batch] for batch in batches(prompts, 3, 100, 5)]
     assert sizes == [[0, 1], [2, 3], [4]]
 
 
@@ -193,6 +194,14 @@ def test_unreadable_image(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"bad\.png: not an image file"):
         chat.answer([Request.ask("What?", tmp_path / "bad.png")])
+
+
+def test_one_bad_request_does_not_stop_the_others(chat: Chat, requests: list[Request]) -> None:
+    mixed = [requests[0], Request.ask("a", "nowhere/x.png"), requests[1]]
+    first, bad, last = chat.answer_each(mixed, max_new_tokens=4)
+    assert [first, last] == chat.answer(requests[:2], max_new_tokens=4)
+    assert isinstance(bad, ValueError)
+    assert str(bad) == "nowhere/x.png: cannot be read (No such file or directory)"
 
 
 def test_settings_out_of_range(chat: Chat, requests: list[Request]) -> None:

@@ -1,0 +1,83 @@
+"""Where the command line's pictures come from: a file, an address on the web, a folder."""
+
+from __future__ import annotations
+
+import io
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+from PIL import Image
+
+from geochat.data.images import open_image
+
+MAX_BYTES = 64 * 2**20
+"""An address may give this much and no more."""
+SECONDS = 30.0
+"""Time for the whole of a download."""
+
+
+def is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
+def open_picture(source: str) -> Image.Image:
+    """RGB picture of a file or an http(s) address. ValueError names it and the reason."""
+    return open_image(fetch(source)) if is_url(source) else open_image(source)
+
+
+def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> io.BytesIO:
+    """Content of an address, bounded in size and time. ValueError names the address and the reason."""
+    deadline = time.monotonic() + seconds
+    request = urllib.request.Request(url, headers={"User-Agent": "geochat"})
+    content = io.BytesIO()
+    content.name = url  # what open_image calls it in its errors
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
+            while piece := response.read1(2**16):
+                content.write(piece)
+                if content.tell() > max_bytes:
+                    raise ValueError(f"{url}: larger than {max_bytes / 2**20:.0f} MB")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{url}: not complete after {seconds:.0f} s")
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url}: the server answers {error.code} {error.reason}") from None
+    except urllib.error.URLError as error:
+        raise ValueError(f"{url}: cannot be reached ({error.reason})") from None
+    except (OSError, ValueError) as error:
+        if str(error).startswith(url):
+            raise
+        raise ValueError(f"{url}: cannot be read ({error})") from None
+    content.seek(0)
+    return content
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Files of a folder whose names end like a picture's, by name. ValueError when there is none."""
+    known = set(Image.registered_extensions())
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and not p.name.startswith("."))
+    if not found:
+        raise ValueError(f"{folder}: no pictures in this folder")
+    return found
+
+
+def check_writable(path: Path) -> None:
+    """ValueError when a picture could not be saved under this name."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: the name must end in .png, .jpg or another picture format")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write under another name first, so that no half picture is left."""
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        image.save(unfinished, format=Image.registered_extensions()[path.suffix.lower()])
+        unfinished.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
