@@ -9,6 +9,7 @@ a special token begins with the same leading space as a text does.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -95,27 +96,35 @@ class Encoder:
             raise ValueError(
                 f"chat template {self.template.name!r} has no {{% generation %}} block; training needs it"
             )
-        ids, labels = self._walk(sample.turns, False)
+        ids, spans = self._walk(sample.turns, False)
         if len(ids) > self.max_text_tokens:
             if not self.truncate:
                 raise EncodeError(
                     f"{prefix}{len(ids)} text tokens are more than {self.max_text_tokens}; "
                     "raise --model_max_length or shorten the conversation"
                 )
-            images = ids.count(self.image_token_id)
-            del ids[self.max_text_tokens :], labels[self.max_text_tokens :]
-            if ids.count(self.image_token_id) != images:
+            if self.image_token_id in ids[self.max_text_tokens :]:
                 raise EncodeError(
                     f"{prefix}an image stands beyond the first {self.max_text_tokens} text tokens"
                 )
-        if labels.count(IGNORE_INDEX) == len(labels):
+            del ids[self.max_text_tokens :]
+        input_ids = np.array(array("i", ids))
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        for start, end in spans:
+            labels[start:end] = input_ids[start:end]
+        if not spans or spans[0][0] >= len(ids):
             raise EncodeError(f"{prefix}no supervised token: every answer is empty or cut away")
-        return Encoded(self._expanded(ids, ids), self._expanded(labels, ids))
+        repeats = self._repeats(ids)
+        if repeats is None:
+            return Encoded(input_ids, labels)
+        return Encoded(np.repeat(input_ids, repeats), np.repeat(labels, repeats))
 
     def encode_prompt(self, turns: Sequence[Turn]) -> np.ndarray:
         """Ids, int32 [n], of a conversation that waits for an answer; never cut."""
         ids, _ = self._walk(turns, True)
-        return self._expanded(ids, ids)
+        repeats = self._repeats(ids)
+        input_ids = np.array(array("i", ids))
+        return input_ids if repeats is None else np.repeat(input_ids, repeats)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cached_piece"}
@@ -124,50 +133,53 @@ class Encoder:
         self.__dict__.update(state)
         self._cached_piece = lru_cache(maxsize=_CACHED_PIECES)(self._encode_piece)
 
-    def _walk(self, turns: Sequence[Turn], add_generation_prompt: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels with one placeholder per image."""
+    def _walk(
+        self, turns: Sequence[Turn], add_generation_prompt: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids with one placeholder per image, and the supervised stretches as (start, end)."""
         ids: list[int] = [] if self.bos_id is None else [self.bos_id]
-        labels = [IGNORE_INDEX] * len(ids)
+        spans: list[tuple[int, int]] = []
         after_text = False
-        for segment in self.template.segments(turns, add_generation_prompt):
-            if segment.text == IMAGE_TOKEN:
+        for text, supervised in self.template.segments(turns, add_generation_prompt):
+            if text == IMAGE_TOKEN:
                 ids.append(self.image_token_id)
-                labels.append(IGNORE_INDEX)
                 after_text = False
                 continue
-            encode_piece = (
-                self._cached_piece if len(segment.text) <= _CACHED_CHARACTERS else self._encode_piece
-            )
-            piece, after_text, blank = encode_piece(segment.text, after_text)
-            ids += piece
+            cached = len(text) <= _CACHED_CHARACTERS
+            encode_piece = self._cached_piece if cached else self._encode_piece
+            piece, after_text, blank = encode_piece(text, after_text)
             # An empty answer would teach to say nothing: its closing token alone is not supervised.
-            labels += piece if segment.supervised and not blank else [IGNORE_INDEX] * len(piece)
-        return ids, labels
+            if supervised and not blank:
+                spans.append((len(ids), len(ids) + len(piece)))
+            ids += piece
+        return ids, spans
 
     def _encode_piece(self, text: str, after_text: bool) -> tuple[list[int], bool, bool]:
         """Ids of a segment, whether it ends in plain text, and whether it is blank but for special tokens."""
         ids: list[int] = []
         blank, start = True, 0
-        specials = self._special.finditer(text) if self._special else ()
-        for begin, end, special in [*((m.start(), m.end(), m.group()) for m in specials), (len(text), 0, "")]:
-            chunk = text[start:begin]
+        for special in self._special.finditer(text) if self._special else ():
+            chunk = text[start : special.start()]
             if chunk:
                 blank = blank and not chunk.strip()
-                # Within a running text the tokenizer's own leading space is the one already written there.
-                if after_text and self._dummy_prefix and chunk[0] == " ":
-                    chunk = chunk[1:]
-                if chunk:
-                    ids += self._encode_text(chunk)
-                after_text = True
-            if special:
-                ids.append(self.special_ids[special])
-                after_text = False
-            start = end
+                ids += self._encode_chunk(chunk, after_text)
+            ids.append(self.special_ids[special.group()])
+            after_text, start = False, special.end()
+        chunk = text[start:]
+        if chunk:
+            blank = blank and not chunk.strip()
+            ids += self._encode_chunk(chunk, after_text)
+            after_text = True
         return ids, after_text, blank
 
-    def _expanded(self, values: list[int], ids: list[int]) -> np.ndarray:
-        """`values` as int32 with the entry of each image in `ids` repeated `image_tokens` times."""
-        array = np.array(values, dtype=np.int32)
+    def _encode_chunk(self, chunk: str, after_text: bool) -> list[int]:
+        # Within a running text the tokenizer's own leading space is the one already written there.
+        if after_text and self._dummy_prefix and chunk[0] == " ":
+            chunk = chunk[1:]
+        return self._encode_text(chunk) if chunk else []
+
+    def _repeats(self, ids: list[int]) -> np.ndarray | None:
+        """How often each id stands in the expanded sequence; None when every id stands once."""
         if self.image_tokens == 1 or self.image_token_id not in ids:
-            return array
-        return np.repeat(array, [self.image_tokens if i == self.image_token_id else 1 for i in ids])
+            return None
+        return np.where(np.array(array("i", ids)) == self.image_token_id, self.image_tokens, 1)

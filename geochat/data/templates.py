@@ -7,118 +7,27 @@ that prompt and supervision cannot disagree. `bos_token` is left empty when we r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
+from jinja2 import Template as JinjaTemplate
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from geochat.data import template_texts as texts
 from geochat.data.sample import IMAGE_TOKEN, Turn
 
 # Two of Unicode's "noncharacters", which no text exchanged between programs may hold.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 
-# Messages come as plain text (ours, with the marks already in front) or as a list of parts (what transformers'
-# processors and OpenAI clients send); the macro makes the two the same.
-_TEXT = """\
-{%- macro text_of(message) -%}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] if part['type'] in ['image', 'image_url'] -%}
-{{- '<image>\\n' -}}
-{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-"""
-
-_VICUNA = (
-    _TEXT
-    + """\
-{{- bos_token -}}
-{%- if messages[0]['role'] == 'system' -%}
-{{- text_of(messages[0]) + ' ' -}}
-{%- else -%}
-{{- \""""
-    + VICUNA_SYSTEM
-    + """ " -}}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-{{- 'USER: ' + text_of(message) + ' ' -}}
-{%- elif message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}
-{{- ' ' + text_of(message) + '</s>' -}}
-{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- 'ASSISTANT:' -}}
-{%- endif -%}
-"""
-)
-
-# LLaVA's stage 1: the question is dropped, the caption follows the image directly.
-_PLAIN = (
-    _TEXT
-    + """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-{{- '<image>' * text_of(message).count('<image>') -}}
-{%- elif message['role'] == 'assistant' -%}
-{%- generation -%}
-{{- text_of(message) + '\\n' -}}
-{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-"""
-)
-
-
-def _marked(start: str, after_role: str, end: str, between: str, system: str = "") -> str:
-    """The family that opens and closes every turn with special tokens."""
-    default = ""
-    if system:
-        default = f"""\
-{{%- if messages[0]['role'] != 'system' -%}}
-{{{{- '{start}system{after_role}{system}{end}{between}' -}}}}
-{{%- endif -%}}
-"""
-    return f"""\
-{_TEXT}{{{{- bos_token -}}}}
-{default}{{%- for message in messages -%}}
-{{%- if message['role'] == 'assistant' -%}}
-{{{{- '{start}assistant{after_role}' -}}}}
-{{%- generation -%}}
-{{{{- text_of(message) + '{end}' -}}}}
-{{%- endgeneration -%}}
-{{{{- '{between}' -}}}}
-{{%- else -%}}
-{{{{- '{start}' + message['role'] + '{after_role}' + text_of(message) + '{end}{between}' -}}}}
-{{%- endif -%}}
-{{%- endfor -%}}
-{{%- if add_generation_prompt -%}}
-{{{{- '{start}assistant{after_role}' -}}}}
-{{%- endif -%}}
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of the rendered conversation; one image is a segment whose text is `IMAGE_TOKEN`."""
 
     text: str
@@ -133,10 +42,12 @@ class Template:
     jinja: str
     stop: tuple[str, ...]
     """Special tokens after which generation ends."""
-    _render: Callable[..., str] = field(init=False, repr=False, compare=False)
+    verbatim: bool = False
+    """Whether the text of a turn is put in as it is and decides nothing else, so that one rendering serves all
+    conversations with as many turns."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_render", _compiled(self.jinja, self.name))
+        _compiled(self.jinja, self.name)  # a broken template fails here, not at the first conversation
 
     @classmethod
     def from_jinja(cls, text: str, name: str = "checkpoint", stop: Sequence[str] = ()) -> Template:
@@ -149,9 +60,6 @@ class Template:
             if known.jinja.strip() == text.strip():
                 return known
         return cls(name, text, tuple(stop))
-
-    def __reduce__(self) -> tuple[type[Template], tuple[str, str, tuple[str, ...]]]:
-        return type(self), (self.name, self.jinja, self.stop)
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
         """The whole conversation as text, without the beginning-of-sequence token."""
@@ -186,16 +94,31 @@ class Template:
                 raise ValueError(
                     f"turn {number} holds U+FDD0 or U+FDD1, which are no characters: remove them"
                 )
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        if not self.verbatim:
+            return self._run([(turn.role, turn.text) for turn in turns], add_generation_prompt)
+        parts = _skeleton(self, tuple([turn.role for turn in turns]), add_generation_prompt)
+        return "".join([part if isinstance(part, str) else turns[part].text for part in parts])
+
+    def _run(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
         try:
-            return self._render(
-                messages=messages,
+            return _compiled(self.jinja, self.name).render(
+                messages=[{"role": role, "content": text} for role, text in turns],
                 add_generation_prompt=add_generation_prompt,
                 bos_token="",
                 eos_token=self.stop[0] if self.stop else "",
             )
         except (TemplateError, TypeError) as error:
             raise ValueError(f"chat template {self.name!r}: {error}") from None
+
+
+@lru_cache(maxsize=256)
+def _skeleton(template: Template, roles: tuple[str, ...], add_generation_prompt: bool) -> list[str | int]:
+    """What a verbatim template writes between the turns' texts; a number is the place of that turn's text."""
+    marked = template._run(
+        [(role, f"{_OPEN}{i}{_CLOSE}") for i, role in enumerate(roles)], add_generation_prompt
+    )
+    parts = re.split(f"{_OPEN}([0-9]+){_CLOSE}", marked)
+    return [int(part) if k % 2 else part for k, part in enumerate(parts) if part]
 
 
 class _Generation(Extension):
@@ -234,9 +157,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 @lru_cache(maxsize=64)
-def _compiled(jinja: str, name: str) -> Callable[..., str]:
+def _compiled(jinja: str, name: str) -> JinjaTemplate:
     try:
-        return _environment().from_string(jinja).render
+        return _environment().from_string(jinja)
     except TemplateError as error:
         raise ValueError(f"chat template {name!r} is not valid Jinja: {error}") from None
 
@@ -250,17 +173,13 @@ def _tags(jinja: str) -> frozenset[str]:
     )
 
 
-_LLAMA_3 = _marked("<|start_header_id|>", "<|end_header_id|>\\n\\n", "<|eot_id|>", "")
-_CHATML = _marked("<|im_start|>", "\\n", "<|im_end|>", "\\n", system="You are a helpful assistant.")
-_INTERNLM2 = _marked("<|im_start|>", "\\n", "<|im_end|>", "\\n")
-
 TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
-        Template("vicuna_v1", _VICUNA, ("</s>",)),
-        Template("plain", _PLAIN, ("</s>",)),
-        Template("internlm2_chat", _INTERNLM2, ("<|im_end|>",)),
-        Template("llama_3", _LLAMA_3, ("<|eot_id|>",)),
-        Template("chatml", _CHATML, ("<|im_end|>",)),
+        Template("vicuna_v1", texts.VICUNA_V1, ("</s>",), verbatim=True),
+        Template("plain", texts.PLAIN, ("</s>",)),
+        Template("internlm2_chat", texts.INTERNLM2_CHAT, ("<|im_end|>",), verbatim=True),
+        Template("llama_3", texts.LLAMA_3, ("<|eot_id|>",), verbatim=True),
+        Template("chatml", texts.CHATML, ("<|im_end|>",), verbatim=True),
     )
 }
