@@ -43,18 +43,17 @@ def staged(folder: Path) -> Iterator[Path]:
         yield staging
         weights = [file.name for file in staging.iterdir() if _is_weight(file.name)]
         (staging / _KEPT).write_text("\n".join(weights))
-        _flush_folder(staging)
+        _flush_files(staging)
         staging.rename(folder / _COMMITTED)
-        _flush_folder(folder)
-        recover(folder)
     except OSError as error:
-        raise ValueError(
-            f"{folder}: could not be saved ({error.strerror or error}); the previous save is unchanged"
-        ) from error
+        reason = error.strerror or error
+        raise ValueError(f"{folder}: not saved ({reason}); the previous save is unchanged") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+    _flush(folder)
+    recover(folder)
 
 
 def recover(folder: Path) -> None:
@@ -79,8 +78,14 @@ def _is_weight(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in _OWN_WEIGHTS)
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _flush_files(folder: Path) -> None:
+    for file in folder.iterdir():
+        _flush(file)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -7,7 +7,6 @@ one tensor at a time. Reading: safetensors and (with `weights_only=True`) PyTorc
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_file(file: Path, state: State) -> None:
-    """One safetensors file, written tensor by tensor and flushed to the disk."""
+    """One safetensors file, written tensor by tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key, entry in state.items():
@@ -183,8 +182,6 @@ def write_file(file: Path, state: State) -> None:
                     f"{key}: announced {entry.shape} {entry.dtype}, is {tuple(tensor.shape)} {tensor.dtype}"
                 )
             stream.write(tensor.view(-1).view(torch.uint8).numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def write_weights(folder: Path, state: State, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
