@@ -43,16 +43,20 @@ def read_rows(path: str | Path, torn_end: bool = False) -> list[Row]:
     return [row for _, row in numbered]
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Write under another name first, so that a kill or a full disk leaves the previous file whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    write_bytes(path, text.encode(errors="backslashreplace"))  # a lone surrogate stays valid JSON
 
 
 def write_rows(path: str | Path, rows: list[Row]) -> None:

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Scores:
     left = [item for item in items if str(item.row["question_id"]) not in done]
     write_rows(folder / PARTIAL, list(done.values()))  # without the failures and a torn last line
     with (
-        (folder / PARTIAL).open("a", encoding="utf-8") as file,
+        (folder / PARTIAL).open("a", encoding="utf-8", errors="backslashreplace") as file,
         tqdm(total=len(items), initial=len(items) - len(left), desc=benchmark.name, disable=None) as bar,
     ):
         for rows in ask(chat, left, batch_size=arguments.batch_size, max_new_tokens=budget):
@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> Scores:
     total = len(answers) if arguments.limit else len(questions)
     scores = summarise(judged, benchmark, total=total, iou=arguments.iou)
     scores |= {"model_path": str(arguments.model_path), **identity}
+    scores |= {"source": arguments.benchmark, "image_folder": str(image_folder)}
     scores["not_asked"] = sum(row["text"] is None for row in answers)
     write_scores(folder, scores, judged)
     return scores

@@ -118,26 +118,40 @@ def summarise(judged: list[Row], benchmark: Benchmark, *, total: int, iou: IouMo
     return scores
 
 
-def table(scores: Scores) -> str:
-    """The scores as a Markdown table per metric. Shares are in percent; `micro` weighs questions, `macro` strata."""
-    lines = [f"# {scores['benchmark']}: {scores['n']} questions" + _aside(scores), ""]
+def sections(scores: Scores) -> list[list[list[str]]]:
+    """One table of cells per metric, heading first. Shares are in percent; `micro` weighs questions, `macro` groups."""
+    found = []
     for metric in dict.fromkeys(task["metric"] for task in scores["tasks"].values()):
         tasks = {name: task for name, task in scores["tasks"].items() if task["metric"] == metric}
-        keys = [key for key in next(iter(tasks.values()))["overall"] if key not in ("parsed", "correct")]
-        shown = [key for key in keys if not key.startswith("all_found@0.25")]
-        lines += [
-            f"| {metric} (shares in %) | " + " | ".join(shown) + " |",
-            "|---" + "|---:" * len(shown) + "|",
-        ]
+        summary = next(iter(tasks.values()))["overall"]
+        keys = [key for key in summary if key not in ("parsed", "correct", "all_found@0.25")]
+        rows = [[f"{metric} (shares in %)", *keys]]
         for name, task in tasks.items():
-            lines.append(_line(f"{name}, micro", task["overall"], shown))
+            rows.append([f"{name}, micro", *_cells(task["overall"], keys)])
             if task["macro"]:
                 over = f"{name}, macro over {task['macro']['groups']} × {task['macro']['over']}"
-                lines.append(_line(over, task["macro"], shown))
+                rows.append([over, *_cells(task["macro"], keys)])
             for column, values in task["strata"].items():
-                lines += [_line(f"· {column} = {value}", summary, shown) for value, summary in values.items()]
-        lines.append("")
-    return "\n".join(lines)
+                rows += [[f"· {column} = {value}", *_cells(group, keys)] for value, group in values.items()]
+        found.append(rows)
+    return found
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table; cells are numbers but for the first of each row."""
+    heading, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([heading, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]) + "\n"
+
+
+def headline(scores: Scores) -> str:
+    parts = [f"{scores['excluded']} excluded"] if scores["excluded"] else []
+    parts += [f"{scores['iou']} IoU"] if "iou" in scores else []
+    return f"{scores['benchmark']}: {scores['n']} questions" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def table(scores: Scores) -> str:
+    """The scores as Markdown."""
+    return "\n".join([f"# {headline(scores)}\n", *map(markdown, sections(scores))])
 
 
 def write_scores(folder: Path, scores: Scores, judged: list[Row]) -> None:
@@ -186,9 +200,9 @@ def _size(benchmark: Benchmark, row: Row, where: str) -> tuple[int, int] | None:
 
 def _macro(strata: dict[str, dict[str, Summary]], headline: str) -> Summary:
     """Means over the groups of the first stratum, of every share that all of them have."""
-    if not strata:
+    over, groups = next(iter(strata.items()), ("", {}))
+    if len(groups) < 2:
         return {}
-    over, groups = next(iter(strata.items()))
     keys = [key for key, value in next(iter(groups.values())).items() if isinstance(value, float)]
     keys = [key for key in keys if all(group.get(key) is not None for group in groups.values())]
     return {"over": over, "groups": len(groups)} | {
@@ -196,17 +210,12 @@ def _macro(strata: dict[str, dict[str, Summary]], headline: str) -> Summary:
     }
 
 
-def _aside(scores: Scores) -> str:
-    parts = [f"{scores['excluded']} excluded"] if scores["excluded"] else []
-    parts += [f"{scores['iou']} IoU"] if "iou" in scores else []
-    return f" ({', '.join(parts)})" if parts else ""
+def _cells(summary: Summary, keys: list[str]) -> list[str]:
+    return [cell(key, summary.get(key)) for key in keys]
 
 
-def _line(name: str, summary: Summary, keys: list[str]) -> str:
-    return f"| {name} | " + " | ".join(_cell(key, summary.get(key)) for key in keys) + " |"
-
-
-def _cell(key: str, value: Any) -> str:
+def cell(key: str, value: Any) -> str:
+    """A figure as text: shares in percent, an undefined one as a dash."""
     if value is None:
         return "–"
     if isinstance(value, list | tuple):

@@ -1,0 +1,174 @@
+"""The page holds what was answered, as text, with both runs' boxes; comparisons refuse what cannot be compared."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+
+from geochat.eval.benchmark import Benchmark
+from geochat.eval.compare import Run, compare, score_bars
+from geochat.eval.files import read_json, write_json, write_rows
+from geochat.eval.report import main, pick
+from geochat.eval.score import judge, summarise, write_scores
+
+BOX = [[10, 10], [50, 10], [50, 50], [10, 50]]
+EVIL = '<script>alert("1")</script> & <img src=x onerror=alert(2)>'
+
+
+def write_run(folder: Path, images: Path, boxes: str, words: str) -> Path:
+    rows = []
+    for i in range(5):
+        common = {"image": f"{i}.png", "width": 100, "height": 80, "finished": True}
+        rows.append({"question_id": f"s{i}", "task": "scene", "ground_truth": "harbour", "prompt": "Scene?",
+                     "text": words, **common})  # fmt: skip
+        rows.append({"question_id": f"r{i}", "task": "refer", "ground_truth": [BOX], "objects": "single",
+                     "prompt": f"[refer] {EVIL}", "text": boxes, **common})  # fmt: skip
+    benchmark = Benchmark.load("nano")
+    judged = judge(rows, benchmark)
+    scores = summarise(judged, benchmark, total=len(rows))
+    scores |= {"source": "nano", "image_folder": str(images), "model_path": "m"}
+    write_rows(folder / "answers.jsonl", rows)
+    write_scores(folder, scores, judged)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(5):
+        Image.new("RGB", (100, 80), (60, 20 * i, 90)).save(images / f"{i}.png")
+    base = write_run(tmp_path / "base", images, EVIL, EVIL)
+    tuned = write_run(tmp_path / "tuned", images, "<p>ship</p> {<10><12><50><62>|<90>}", "harbour")
+    return [base, tuned]
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+        assert not any(name.startswith("on") for name, _ in attrs)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        [
+            *map(str, runs),
+            "--names",
+            "base",
+            "fine-tuned",
+            "--output",
+            str(tmp_path / "page"),
+            "--pictures",
+            "6",
+        ]
+    )
+    assert "| refer: recall@0.5 | 5 | 0.00 | 100.00 | +100.00 |" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert names == {"index.html", "contact_sheet.png", "scores.png", "comparison.md"}
+    tags = Tags()
+    tags.feed((tmp_path / "page" / "index.html").read_text())
+    assert tags.open == []
+    assert "script" not in tags.tags  # what a model says is text
+    assert EVIL in tags.text
+    assert all(
+        source.startswith("data:image/") for source in tags.sources
+    )  # nothing beside the file is needed
+    assert tags.tags.count("article") == 6
+    assert (
+        len(tags.sources) == 1 + 3 * 3 + 3
+    )  # bars, three panels per box question, one picture per other question
+    with Image.open(tmp_path / "page" / "contact_sheet.png") as sheet:
+        assert sheet.width > 3 * 300
+
+
+def test_one_run_of_words_alone(runs: list[Path], tmp_path: Path) -> None:
+    rows = [row for row in _rows(runs[1] / "answers.jsonl") if row["task"] == "scene"]
+    folder, benchmark = tmp_path / "words", Benchmark.load("nano")
+    judged = judge(rows, benchmark)
+    scores = summarise(judged, benchmark, total=5) | {
+        "source": "nano",
+        "image_folder": str(tmp_path / "images"),
+    }
+    write_rows(folder / "answers.jsonl", rows)
+    write_scores(folder, scores, judged)
+    main([str(folder), "--output", str(tmp_path / "page")])
+    assert not (tmp_path / "page" / "comparison.md").exists()
+    assert (tmp_path / "page" / "contact_sheet.png").is_file()
+    assert "True and predicted boxes" not in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_examples_are_drawn_from_every_task_and_stay_the_same(runs: list[Path]) -> None:
+    loaded = [Run.load(path, path.name) for path in runs]
+    chosen = pick(loaded, 4)
+    assert [re.sub(r"\d", "", key) for key in chosen] == ["s", "s", "r", "r"]
+    assert pick(loaded, 4) == chosen
+    assert len(pick(loaded, 1000)) == 10
+
+
+def test_bars_are_a_picture(runs: list[Path]) -> None:
+    with Image.open(io.BytesIO(score_bars([Run.load(path, path.name) for path in runs]))) as image:
+        assert image.format == "PNG"
+        assert image.width > 300
+
+
+def test_comparison_of_score_files(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(path / "scores.json") for path in runs])
+    assert "| scene: accuracy | 5 | 0.00 | 100.00 | +100.00 |" in capsys.readouterr().out
+    first = Run.load(runs[0], "a")
+    other = copy.deepcopy(first.scores)
+    other["tasks"]["scene"]["overall"]["n"] = 4
+    with pytest.raises(ValueError, match=r"scene: the runs answered different questions \(5, 4\)"):
+        compare([first, Run("b", other, {}, {})])
+    with pytest.raises(ValueError, match="aid cannot be compared with nano"):
+        compare([first, Run("b", other | {"benchmark": "aid"}, {}, {})])
+
+
+def test_refusals(runs: list[Path], tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    write_json(scores, {"a": 1})
+    wrong = read_json(runs[0] / "scores.json")
+    wrong["tasks"]["scene"]["metric"] = "x"
+    write_json(tmp_path / "wrong.json", wrong)
+    for arguments, message in (
+        ([str(scores)], "holds no scores"),
+        ([str(tmp_path / "wrong.json")], "unknown metric 'x'"),
+        ([str(tmp_path / "nothing")], "cannot be read"),
+        ([str(runs[0]), "--names", "a", "b"], "2 names for 1 runs"),
+        (
+            [str(runs[0]), "--output", str(tmp_path / "p"), "--image-folder", str(tmp_path)],
+            "image file not found",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="^error: .*" + re.escape(message)):
+            main(arguments)
+
+
+def _rows(path: Path) -> list[dict]:
+    from geochat.eval.files import read_rows
+
+    return read_rows(path)
