@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from geochat.data.encode import Encoder
 from geochat.data.sample import IMAGE_TOKEN
 from geochat.data.templates import Template, get_template
+from geochat.data.words import by_words
 from geochat.model.tokenizer import load_tokenizer, write_tokenizer_files
 from geochat.model.vision import grid_side
 
@@ -72,8 +75,11 @@ class Processor:
         """The encoder of conversations with this tokenizer, template and number of image tokens."""
         backend = self.tokenizer.backend_tokenizer
         special = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+        encode_text: Callable[[str], list[int]] = _EncodeText(self.tokenizer)
+        if isinstance(backend.model, BPE) and backend.pre_tokenizer is None:
+            encode_text = by_words(encode_text, self.tokenizer.get_vocab())
         return Encoder(
-            _EncodeText(self.tokenizer),
+            encode_text,
             self.template,
             bos_id=self.tokenizer.bos_token_id,
             special_ids=special,
