@@ -57,8 +57,13 @@ def collect(
     return items
 
 
-def ask(chat: Chat, items: Sequence[Item], *, batch_size: int, max_new_tokens: int) -> Iterator[list[Row]]:
-    """Answered rows, some batches at a time. A question that cannot be asked has text None and says why in `error`."""
+def ask(
+    chat: Chat, benchmark: Benchmark, items: Sequence[Item], *, batch_size: int, max_new_tokens: int
+) -> Iterator[list[Row]]:
+    """Answered rows, some batches at a time, task by task: a batch is done when its longest answer is, so that a word
+    should not wait for a description. A question that cannot be asked has text None and says why in `error`."""
+    columns = (benchmark.metric.column, benchmark.prompt.column)
+    items = sorted(items, key=lambda item: [str(item.row.get(column)) for column in columns])
     for start in range(0, len(items), 4 * batch_size):
         chunk = items[start : start + 4 * batch_size]
         requests = [item.request for item in chunk]
@@ -89,7 +94,7 @@ def resume(folder: Path, items: Sequence[Item], identity: Row) -> dict[str, Row]
             if row.get(key) != value:
                 raise ValueError(
                     f"{folder}: holds answers of another run ({key} was {row.get(key)!r}, now {value!r}); "
-                    "choose another --output, or delete them"
+                    "choose another --output, or --overwrite"
                 )
     return done
 

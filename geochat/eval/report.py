@@ -49,9 +49,9 @@ def pick(runs: Sequence[Run], count: int) -> list[str]:
         if all(key in run.verdicts and key in run.answers for run in runs):
             by_task.setdefault(verdict["task"], []).append(key)
     chosen: list[str] = []
-    for keys in by_task.values():
+    for task, keys in by_task.items():
         share = min(len(keys), max(1, count // len(by_task)))
-        chosen += [keys[i] for i in sorted(random.Random(0).sample(range(len(keys)), share))]
+        chosen += [keys[i] for i in sorted(random.Random(task).sample(range(len(keys)), share))]
     return chosen
 
 

@@ -33,7 +33,7 @@ def evaluate(
 ) -> Scores:
     """Scores without files: validation during training."""
     items = collect(benchmark, questions, image_folder)
-    parts = ask(chat, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
+    parts = ask(chat, benchmark, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
     rows = [row for part in parts for row in part]
     return summarise(judge(rows, benchmark), benchmark, total=len(questions))
 
@@ -53,14 +53,14 @@ def run(arguments: argparse.Namespace) -> Scores:
     chat = load_chat(arguments)
     identity = {"model": _fingerprint(arguments), "decoding": _decoding(chat, budget, arguments)}
     folder: Path = arguments.output
-    done = resume(folder, items, identity)
+    done = {} if arguments.overwrite else resume(folder, items, identity)
     left = [item for item in items if str(item.row["question_id"]) not in done]
     write_rows(folder / PARTIAL, list(done.values()))  # without the failures and a torn last line
     with (
         (folder / PARTIAL).open("a", encoding="utf-8", errors="backslashreplace") as file,
         tqdm(total=len(items), initial=len(items) - len(left), desc=benchmark.name, disable=None) as bar,
     ):
-        for rows in ask(chat, left, batch_size=arguments.batch_size, max_new_tokens=budget):
+        for rows in ask(chat, benchmark, left, batch_size=arguments.batch_size, max_new_tokens=budget):
             rows = [{**row, **identity} for row in rows]
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
@@ -109,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's")
     parser.add_argument(
         "--iou", choices=IOU_MODES, default="rotated", help="hbb: of the horizontal envelopes"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="ask again what the output folder has answers for"
     )
     arguments = parser.parse_args(argv)
     try:

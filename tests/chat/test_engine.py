@@ -91,11 +91,10 @@ def test_an_image_is_encoded_once_for_all_its_questions(
 
 
 def test_the_feature_cache_is_bounded(chat: Chat, tiny_records) -> None:
-    small = Chat(chat.model, chat.processor, cached_images=2)
-    small.answer(
-        [Request.ask("What?", image) for image in sorted(tiny_records.image_folder.iterdir())],
-        max_new_tokens=1,
-    )
+    requests = [Request.ask("What?", image) for image in sorted(tiny_records.image_folder.iterdir())]
+    one_image = 36 * 64 * 4  # tokens, hidden size, bytes of a float32
+    small = Chat(chat.model, chat.processor, cache_bytes=2 * one_image + 1)
+    assert small.answer(requests, max_new_tokens=2) == chat.answer(requests, max_new_tokens=2)
     assert len(small._features) == 2
 
 

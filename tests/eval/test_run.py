@@ -82,9 +82,9 @@ def test_a_stopped_run_goes_on(data: Path, tiny_model: Path, monkeypatch: pytest
     asked: list[int] = []
     original = module.ask
 
-    def counted(chat, items, **options):
+    def counted(chat, benchmark, items, **options):
         asked.append(len(items))
-        return original(chat, items, **options)
+        return original(chat, benchmark, items, **options)
 
     monkeypatch.setattr(module, "ask", counted)
     module.main(command(data, tiny_model))
@@ -103,6 +103,8 @@ def test_answers_of_another_run_are_not_mixed_in(data: Path, tiny_model: Path) -
     ):
         module.main(command(data, tiny_model, "--image-mode", "crop"))
     assert (data / "out" / ANSWERS).read_text() == before
+    module.main(command(data, tiny_model, "--image-mode", "crop", "--overwrite"))
+    assert read_rows(data / "out" / ANSWERS)[0]["decoding"]["image_mode"] == "crop"
 
 
 def test_a_damaged_image_is_a_failure_not_an_answer(
