@@ -56,7 +56,7 @@ _LLAMA_FIELDS = [
     "attention_dropout",
     "pretraining_tp",
 ]
-_LLAMA_TYPES = ("llama", "llava", "llava_llama", "geochat")
+_LLAMA_TYPES = ("llama", "llava", "llava_llama", "geochat", "vhm")
 _EMBEDDINGS = "language_model.model.embed_tokens.weight"
 _HEAD = "language_model.lm_head.weight"
 _POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"

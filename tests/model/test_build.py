@@ -169,11 +169,23 @@ def test_llava_folder_brings_its_projector_and_a_file_replaces_it(assets: Path) 
 
 
 def test_golden_concatenated_feature_layers(assets: Path) -> None:
-    """VHM's layers 1, 2 and 3: the projector of its folder wants three times the tower's width."""
+    """VHM's layers 1, 2 and 3, side by side: the projector of its folder takes three times the tower's width."""
     golden = assets / "golden"
-    model, _ = build_model(golden / "vhm_tiny", golden / "vhm_tiny/vision_tower", image_size=336)
+    model, processor = build_model(
+        golden / "vhm_tiny", golden / "vhm_tiny/vision_tower", image_size=336, dtype=torch.float32,
+        attn_implementation="eager",
+    )  # fmt: skip
     assert model.config.vision_feature_layer == [1, 2, 3]
     assert model.model.multi_modal_projector.linear_1.in_features == 192
+    expected = load_file(golden / "expected/vhm/logits_last4.safetensors")
+    for row in json.loads((golden / "expected/vhm/tokens.json").read_text()):
+        ids = torch.tensor(row["input_ids"])
+        image = (ids == -200).nonzero().item()
+        ids = torch.cat([ids[:image], torch.full((576,), processor.image_token_id), ids[image + 1 :]])
+        pixels = processor.pixels(open_rgb(golden / row["image"]))[None]
+        with torch.no_grad():
+            output = model(input_ids=ids[None], pixel_values=pixels).logits[0, -4:, :1000]
+        torch.testing.assert_close(output, expected[row["id"]].reshape(4, -1), atol=2e-5, rtol=0)
 
 
 def test_wrong_folders_are_named(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
