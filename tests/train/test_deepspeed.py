@@ -1,0 +1,58 @@
+"""Two real processes under DeepSpeed on CPU (gloo): the same steps as one process, and a folder that loads.
+
+The first run on a machine compiles one operation of DeepSpeed, about two minutes. One case runs always, the others
+with GEOCHAT_ALL_TESTS=1.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from geochat.model.checkpoint import load
+
+pytest.importorskip("deepspeed")
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+everything = pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
+LORA = ["--tune_mm_mlp_adapter", "True", "--lora_dropout", "0"]
+FULL = ["--lora_enable", "False"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [(3, LORA), pytest.param(2, LORA, marks=everything), pytest.param(3, FULL, marks=everything)],
+    ids=["zero3-lora", "zero2-lora", "zero3-full"],
+)
+def test_two_processes_take_the_steps_of_one(stage, kind, flags, start, finish, tmp_path: Path) -> None:
+    run = [*flags, *kind, "--save_steps", "2", "--num_train_epochs", "2", "--global_batch_size", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start([*run, "--output_dir", str(one)]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
+    config = ["--deepspeed", str(SCRIPTS / f"zero{stage}.json")]
+    program = (*torchrun, "-m", "geochat.train.train")
+    output = finish(start([*run, *config, "--output_dir", str(two)], program))
+
+    assert f"stage {stage}" in output
+    assert "4 = 2 per device × 1 accumulation × 2 processes" in output
+    name = "model.safetensors" if kind is FULL else "adapter_model.safetensors"
+    for folder in (".", "checkpoint-2"):
+        expected, found = load_file(one / folder / name), load_file(two / folder / name)
+        assert expected.keys() == found.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4, msg=f"{folder} {key}")
+        load(two / folder)
+
+    again = [*run, *config, "--output_dir", str(two), "--resume_from_checkpoint", str(two / "checkpoint-2")]
+    finish(start(again, program))
+    last = load_file(one / name)
+    for key, tensor in load_file(two / name).items():
+        torch.testing.assert_close(tensor, last[key], atol=1e-5, rtol=1e-4)
