@@ -1,11 +1,12 @@
 # Sourced by the other scripts: makes .venv when it is absent, installs geochat into it, activates it.
 #   source scripts/venv.sh train,eval
-# GEOCHAT_VENV  folder of the environment (default: .venv beside the scripts)
+# GEOCHAT_VENV  folder of the environment (default: .venv beside the scripts); "none": use the python that is active
 # PYTHON        interpreter that creates it (default: the first of python3.11 … python3 that is 3.11 or newer)
 # Nothing is installed again while pyproject.toml, constraints.txt and the extras are as they were.
 
 geochat_venv() {
     local root extras venv python stamp mark
+    [ "${GEOCHAT_VENV:-}" != none ] || return 0
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     extras="$1"
     venv="${GEOCHAT_VENV:-$root/.venv}"

@@ -94,7 +94,7 @@ def main() -> None:
     (args.output / "tokenizer.model").write_bytes(train_tokenizer(corpus()))
     write_tokenizer_files(args.output)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6,
+        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=448, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=6, max_position_embeddings=2048, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=False,
     )  # fmt: skip

@@ -19,7 +19,7 @@ TARGET="${TARGET:-$OUT/base}"
 [ -f "$OUT/llm/model.safetensors" ] ||
     python scripts/nano/make_llm.py --output "$OUT/llm"
 [ -f "$OUT/data/train.json" ] ||
-    python -m geochat.data.synthetic_tasks --output "$OUT/data" --train "${SCENES:-24000}" --test 400
+    python -m geochat.data.synthetic_tasks --output "$OUT/data" --train "${SCENES:-24000}" --test 0 --seed 100000000
 python -m geochat.train.train \
     --model_name_or_path "$OUT/llm" --vision_tower "$OUT/tower" --image_size 84 \
     --data_path "$OUT/data/train.json" --image_folder "$OUT/data/images" --output_dir "$OUT/full" \
