@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import io
 import pkgutil
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -85,32 +83,3 @@ def test_generation_and_record_keys_have_one_owner() -> None:
     }
     assert [name for name, text in files.items() if ".generate(" in text] == ["chat/engine.py"]
     assert [name for name, text in files.items() if '"conversations"' in text] == ["data/sample.py"]
-
-
-def code_lines(file: Path) -> int:
-    """Lines that hold code: no blank line, no comment, no docstring."""
-    text = file.read_text(encoding="utf-8")
-    prose = (
-        tokenize.COMMENT,
-        tokenize.NL,
-        tokenize.NEWLINE,
-        tokenize.INDENT,
-        tokenize.DEDENT,
-        tokenize.ENCODING,
-    )
-    lines: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in (*prose, tokenize.ENDMARKER):
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
-            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    return len(lines)
-
-
-def test_the_package_stays_small() -> None:
-    assert sum(code_lines(file) for file in PACKAGE.rglob("*.py")) < 4000
