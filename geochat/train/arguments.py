@@ -1,7 +1,6 @@
 """Command-line arguments of training: LLaVA's flag names, GeoChat's recipe as defaults.
 
-An existing LLaVA or GeoChat command line parses: flags that were renamed since are translated, flags that mean
-nothing any more are dropped with one line each (`LEGACY_RENAMED`, `LEGACY_DROPPED`).
+An existing LLaVA or GeoChat command line parses, see `geochat.train.legacy`.
 """
 
 from __future__ import annotations
@@ -15,31 +14,13 @@ import torch
 import transformers
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
-LEGACY_RENAMED = {
-    "--evaluation_strategy": "--eval_strategy",
-    "--warmup_ratio": "--warmup_steps",  # a value below 1 is a share of all steps
-    "--group_by_length": "--group_by_modality_length",
-    "--unfreeze_mm_vision_tower": "--tune_vision_tower",
-    "--local-rank": "--local_rank",
-}
-
-LEGACY_DROPPED = {
-    "--lazy_preprocess": "samples are always encoded when they are read",
-    "--is_multimodal": "every record says itself whether it has images",
-    "--image_grid_pinpoints": "one image size per model, see --image_size",
-    "--mm_use_im_patch_token": "the image placeholder is always one <image> token, expanded",
-    "--mm_vision_select_feature": "patch features, as in every released checkpoint",
-    "--mm_patch_merge_type": "one tile per image",
-    "--cache_dir": "models are read from local folders",
-    "--mpt_attn_impl": "MPT models are not supported",
-    "--save_safetensors": "weights are always written as safetensors",
-    "--logging_dir": "logs go to the run folder",
-    "--double_quant": "quantised training is not part of this command",
-    "--quant_type": "quantised training is not part of this command",
-}
+from geochat.train.legacy import translate_legacy
 
 TEMPLATE_NAMES = {"v1": "vicuna_v1"}
 """LLaVA's `--version` names that differ from ours."""
+
+BF16_ON_CPU = False
+"""CPUs compute bfloat16 correctly but slowly; tests switch it on to take the path that GPUs take."""
 
 IMAGE_MODES: dict[str, Literal["pad", "crop"]] = {"pad": "pad", "square": "crop", "crop": "crop"}
 """LLaVA's `--image_aspect_ratio` → what the processor does."""
@@ -112,7 +93,7 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """How it is trained; everything of transformers' own arguments, plus LLaVA's and ours."""
 
-    output_dir: str | None = None
+    output_dir: str = ""
     lora_enable: bool = True
     lora_r: int = 64
     lora_alpha: int = 16
@@ -152,7 +133,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []  # one line for each request that this machine cannot honour
-        if self.output_dir is None:
+        if not self.output_dir:
             raise ValueError("--output_dir is missing: the folder of this run")
         if self.bits != 16:
             raise ValueError(f"--bits {self.bits}: this command trains in 16 or 32 bits only")
@@ -163,7 +144,7 @@ class TrainingArguments(transformers.TrainingArguments):
             int(os.environ.get("WORLD_SIZE", "1")),
         )
         cuda = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 and not (cuda and is_torch_bf16_gpu_available()):
+        if self.bf16 and not (cuda and is_torch_bf16_gpu_available()) and not BF16_ON_CPU:
             self.bf16 = False
             self.notes.append("no bfloat16 hardware here: training in float32")
         if self.tf32 and not is_torch_tf32_available():
@@ -222,28 +203,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
     training.notes = notes + training.notes
     return model, data, training
-
-
-def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Command line with LLaVA's outdated flags renamed or dropped, and one line for each dropped one."""
-    kept: list[str] = []
-    notes: list[str] = []
-    words = iter([part for word in argv for part in _split_equals(word)])
-    dropping = False
-    for word in words:
-        if word.startswith("--"):
-            dropping = word in LEGACY_DROPPED
-            if dropping:
-                notes.append(f"{word} is ignored: {LEGACY_DROPPED[word]}")
-                continue
-            word = LEGACY_RENAMED.get(word, word)
-        if not dropping:
-            kept.append(word)
-    return kept, notes
-
-
-def _split_equals(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--") and "=" in word else [word]
 
 
 def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:

@@ -5,24 +5,44 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from geochat.model.adapter import BaseRecord, load_adapter_state, save_adapter
+from geochat.model.adapter import load_adapter_state, save_adapter
+from geochat.model.base import BaseRecord
 from geochat.model.canonical import CANONICAL, rename
 from geochat.model.checkpoint import read_checkpoint, save_model
 from geochat.model.formats.llava import LLAVA, from_projector
 from geochat.model.processor import Processor
 from geochat.model.weights import State, assert_same_keys, of_tensor, open_file, write_file
+from geochat.train.arguments import TrainingArguments
 
 STAGING = ".saving-"
 PROJECTOR_FILE = "mm_projector.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 Kind = Literal["adapter", "projector", "full"]
+
+
+class SaveError(RuntimeError):
+    """A save that did not come about: disk full, no permission, folder gone."""
+
+
+@contextmanager
+def explained(run: Path, name: str) -> Iterator[None]:
+    """Turns what torch, safetensors and the file system raise for a failed write into one SaveError line."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        kept = checkpoints(run)
+        previous = f"{kept[-1].name} is intact" if kept else "there was no earlier checkpoint"
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        raise SaveError(f"{run / name} could not be saved ({reason}); {previous}") from error
 
 
 class RunSaver:
@@ -44,14 +64,14 @@ class RunSaver:
         """True when frozen weights are left out."""
         return self.kind != "full"
 
-    def save(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """state_dict: gathered tensors under the model's own names, where the model itself holds only shards."""
+    def save(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """state: gathered tensors under the model's own names, where the model itself holds only shards."""
         if self.kind == "adapter":
-            save_adapter(self.model, self.processor, folder, base=self.base, state=state_dict)
+            save_adapter(self.model, self.processor, folder, base=self.base, state=state)
         elif self.kind == "projector":
-            save_projector(self.model, folder / PROJECTOR_FILE, state_dict)
+            save_projector(self.model, folder / PROJECTOR_FILE, state)
         else:
-            save_model(self.model, self.processor, folder, state_dict=state_dict)
+            save_model(self.model, self.processor, folder, state=state)
 
     def restore(self, folder: Path) -> None:
         """Raises: ValueError when the folder does not fit the model."""
@@ -88,16 +108,16 @@ class RunSaver:
                     remove(old)
 
 
-def save_projector(model: nn.Module, file: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+def save_projector(model: nn.Module, file: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """LLaVA's names for the projector, in a safetensors file."""
-    state: State = {}
-    for key, tensor in (state_dict or model.state_dict()).items():
+    found: State = {}
+    for key, tensor in (state or model.state_dict()).items():
         name = rename(key, CANONICAL) or ""
         if name.startswith("multi_modal_projector."):
-            state[rename(name, LLAVA, backwards=True) or name] = of_tensor(tensor)
+            found[rename(name, LLAVA, backwards=True) or name] = of_tensor(tensor)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{STAGING}{file.name}")
-    write_file(unfinished, state)
+    write_file(unfinished, found)
     unfinished.replace(file)
 
 
@@ -125,6 +145,33 @@ def checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [(int(m[1]), p) for p in run.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
+
+
+def resume_point(args: TrainingArguments) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means (True: the newest complete one), or None to begin.
+
+    Raises: ValueError when the run folder holds an earlier run that was neither resumed nor given up.
+    """
+    run = Path(args.output_dir)
+    found = checkpoints(run)
+    wanted = str(args.resume_from_checkpoint or "")
+    if wanted.lower() == "true":
+        if not found:
+            args.notes.append(f"{run} holds no checkpoint yet: starting from the beginning")
+        return found[-1] if found else None
+    if wanted and wanted.lower() != "false":
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {wanted}: no checkpoint of a run there")
+        return Path(wanted)
+    if found and not args.overwrite_output_dir:
+        raise ValueError(
+            f"{run} holds {found[-1].name} of an earlier run: add --resume_from_checkpoint True, "
+            "--overwrite_output_dir True (deletes it), or choose another --output_dir"
+        )
+    if args.process_index == 0:
+        for old in found:
+            remove(old)
+    return None
 
 
 def remove(folder: Path) -> None:

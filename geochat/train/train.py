@@ -20,7 +20,8 @@ import transformers
 from torch import nn
 
 from geochat.data.store import InstructionStore
-from geochat.model.adapter import AdapterSpec, BaseRecord, attach, trainable_groups
+from geochat.model.adapter import AdapterSpec, attach, trainable_groups
+from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
 from geochat.model.checkpoint import load
 from geochat.model.processor import Processor
@@ -35,7 +36,7 @@ from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
 from geochat.train.dataset import BadSampleError, InstructionDataset
 from geochat.train.recipe import choose_trainable, compute_dtype, describe, unfreeze_tower
-from geochat.train.saving import Kind, RunSaver, checkpoints, load_projector, remove
+from geochat.train.saving import Kind, RunSaver, SaveError, explained, load_projector, resume_point
 from geochat.train.trainer import Trainer
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
@@ -54,9 +55,10 @@ def main(argv: list[str] | None = None) -> None:
         _fail(error)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-        trainer.save_model(arguments[2].output_dir)
+        with explained(Path(arguments[2].output_dir), "the final model"):
+            trainer.save_model()
         report_bad_samples(trainer)
-    except (BadSampleError, OSError) as error:
+    except (BadSampleError, SaveError) as error:
         _fail(error)
 
 
@@ -182,33 +184,6 @@ def open_dataset(path: str, processor: Processor, arguments: Arguments) -> Instr
     if not len(dataset):
         raise ValueError(f"{path}: no records")
     return dataset
-
-
-def resume_point(args: TrainingArguments) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means (True: the newest complete one), or None to begin.
-
-    Raises: ValueError when the run folder holds an earlier run that was neither resumed nor given up.
-    """
-    run = Path(args.output_dir)
-    found = checkpoints(run)
-    wanted = str(args.resume_from_checkpoint or "")
-    if wanted.lower() == "true":
-        if not found:
-            args.notes.append(f"{run} holds no checkpoint yet: starting from the beginning")
-        return found[-1] if found else None
-    if wanted and wanted.lower() != "false":
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {wanted}: no checkpoint of a run there")
-        return Path(wanted)
-    if found and not args.overwrite_output_dir:
-        raise ValueError(
-            f"{run} holds {found[-1].name} of an earlier run: add --resume_from_checkpoint True, "
-            "--overwrite_output_dir True (deletes it), or choose another --output_dir"
-        )
-    if args.process_index == 0:
-        for old in found:
-            remove(old)
-    return None
 
 
 def say(arguments: Arguments, recipe: str, resume: Path | None) -> None:

@@ -19,7 +19,7 @@ from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
 from geochat.train.recipe import parameter_groups, zero_stage
 from geochat.train.sampler import EpochSampler
-from geochat.train.saving import RunSaver
+from geochat.train.saving import RunSaver, explained
 
 
 class SupervisedRows:
@@ -169,28 +169,34 @@ class Trainer(transformers.Trainer):
     # ---- saves ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A complete loadable folder plus trainer state, under a temporary name until everything is written."""
-        name = f"checkpoint-{self.state.global_step}"
-        run = Path(self.args.output_dir)
-        staging = self.saver.open_staging(run, name, owner=self.args.should_save)
+        """A complete loadable folder plus trainer state, under a temporary name until everything is written.
+
+        Raises: SaveError; the earlier checkpoints are then as they were.
+        """
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+        with explained(run, name):
+            staging = self.saver.open_staging(run, name, owner=self.args.should_save)
+            self._barrier()
+            self.save_model(str(staging), _internal_call=True)
+            self._save_trainer_state(staging)
+            self._barrier()
+            if self.args.should_save:
+                self.saver.publish(staging, run / name)
+                self.saver.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         self._barrier()
-        self.save_model(str(staging), _internal_call=True)
+
+    def _save_trainer_state(self, staging: Path) -> None:
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
         if self.args.should_save:
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(staging / "trainer_state.json"))
-        self._barrier()
-        if self.args.should_save:
-            self.saver.publish(staging, run / name)
-            self.saver.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self._barrier()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""

@@ -1,0 +1,201 @@
+"""Whole runs in this process: what they leave behind, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from geochat.model.checkpoint import load
+from geochat.train import arguments, saving
+from geochat.train.train import main
+from geochat.train.trainer import Trainer
+
+
+def last_error(capsys: pytest.CaptureFixture) -> str:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")][-1]
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    return last_error(capsys)
+
+
+def test_full_training_leaves_canonical_folders(flags, tiny_base: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    argv = [*flags, "--output_dir", str(run), "--lora_enable", "False", "--tune_vision_tower", "True"]
+    argv += [
+        "--vision_tower_lr",
+        "1e-4",
+        "--save_steps",
+        "4",
+        "--save_total_limit",
+        "1",
+        "--save_strategy",
+        "steps",
+    ]
+    main([*argv, "--gradient_checkpointing", "False", "--image_size", "112", "--lazy_preprocess", "True"])
+    said = capsys.readouterr().out
+    for fact in ("trains vision_tower", "learning rate 0.0001", "2 = 2 per device × 1 accumulation × 1 processes",
+                 "112 px, pad, 64 tokens per image", "no bfloat16 hardware", "--lazy_preprocess is ignored",
+                 "precision  float32", "ZeRO  off"):  # fmt: skip
+        assert fact in said
+    assert [path.name for path in saving.checkpoints(run)] == ["checkpoint-12"]
+    model, processor = load(run)
+    assert processor.image_size == 112
+    assert model.config.text_config.use_cache
+    before, after = load_file(tiny_base / "model.safetensors"), load_file(run / "model.safetensors")
+    moved = {
+        key for key in after if after[key].shape != before[key].shape or not after[key].equal(before[key])
+    }
+    for part in (
+        "language_model.lm_head",
+        "multi_modal_projector.linear_1",
+        "vision_tower.vision_model.embeddings",
+    ):
+        assert any(key.startswith(part) for key in moved)
+    rows = [json.loads(line) for line in (run / "loss.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert (run / "loss.png").stat().st_size > 5000
+    assert "global batch" in (run / "recipe.txt").read_text()
+    assert {path.name for path in run.iterdir() if path.name.startswith(".")} == set()
+
+
+@pytest.mark.parametrize("dora", ["False", "True"])
+def test_every_save_is_a_loadable_adapter_without_frozen_weights(dora: str, flags, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main([*flags, "--output_dir", str(run), "--save_steps", "6", "--use_dora", dora])
+    for folder in (run / "checkpoint-6", run / "checkpoint-12", run):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert all(".lora_" in key for key in tensors)  # GeoChat on a finished base: the projector stays
+        assert any("magnitude" in key for key in tensors) == (dora == "True")
+        model, processor = load(folder)
+        assert processor.image_size == 84
+        assert model.get_base_model().config.vision_config.image_size == 84
+
+
+def test_the_projector_alone(flags, tmp_path: Path) -> None:
+    run, then = tmp_path / "run", tmp_path / "then"
+    argv = [*flags, "--output_dir", str(run), "--lora_enable", "False", "--tune_mm_mlp_adapter", "True"]
+    main(
+        [
+            *argv,
+            "--version",
+            "plain",
+            "--num_train_epochs",
+            "1",
+            "--save_steps",
+            "2",
+            "--on_bad_sample",
+            "skip",
+        ]
+    )
+    assert set(load_file(run / "mm_projector.safetensors")) == {
+        f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+    main([*flags, "--output_dir", str(then), "--pretrain_mm_mlp_adapter", str(run / "mm_projector.safetensors"),
+          "--max_steps", "1", "--save_strategy", "no"])  # fmt: skip
+    model, _ = load(then)
+    weight = model.get_base_model().model.multi_modal_projector.linear_1.weight
+    assert weight.equal(load_file(run / "mm_projector.safetensors")["model.mm_projector.0.weight"])
+    main([*argv, "--num_train_epochs", "2", "--resume_from_checkpoint", "True"])
+
+
+def test_a_model_from_parts(flags, tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    flags[flags.index("--model_name_or_path") + 1] = str(tiny_llm)
+    argv = [
+        *flags,
+        "--output_dir",
+        str(tmp_path),
+        "--max_steps",
+        "1",
+        "--image_size",
+        "84",
+        "--version",
+        "v1",
+    ]
+    main([*argv, "--vision_tower", str(tiny_clip), "--mm_vision_select_layer", "-2", "--bf16", "True"])
+    model, processor = load(tmp_path)
+    assert processor.template.name == "vicuna_v1"
+    assert model.get_base_model().config.vision_feature_layer == -2
+
+
+def test_bfloat16_keeps_what_trains_in_float32(
+    flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "BF16_ON_CPU", True)
+    main([*flags, "--output_dir", str(tmp_path), "--max_steps", "3", "--tune_mm_mlp_adapter", "True"])
+    rows = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    assert all(row["loss"] == row["loss"] for row in rows)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_validation_loss_is_logged(flags, tiny_records, tmp_path: Path) -> None:
+    argv = [
+        *flags,
+        "--output_dir",
+        str(tmp_path),
+        "--eval_data_path",
+        str(tiny_records.file),
+        "--save_strategy",
+        "no",
+    ]
+    main([*argv, "--eval_strategy", "steps", "--eval_steps", "6", "--per_device_eval_batch_size", "4"])
+    rows = [json.loads(line) for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [6, 12]
+
+
+def test_skipped_rows_are_named_and_counted(flags, tiny_records, tmp_path: Path, capsys) -> None:
+    rows = [*tiny_records.records, {**tiny_records.records[0], "image": "absent.png"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags[flags.index("--data_path") + 1] = str(tmp_path / "rows.json")
+    run = tmp_path / "run"
+    argv = [*flags, "--output_dir", str(run), "--dataloader_num_workers", "1"]
+    assert "absent.png" in refused(argv, capsys)
+    main([*argv, "--on_bad_sample", "skip", "--overwrite_output_dir", "True"])
+    said = capsys.readouterr().out
+    assert said.count("skipped: ") == 3  # once an epoch
+    assert "1 rows could not be used" in said
+    assert "absent.png" in (run / "bad_samples.txt").read_text()
+
+
+def test_a_full_disk_leaves_the_previous_save(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+    whole = Trainer._save_optimizer_and_scheduler
+
+    def full(self: Trainer, folder: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(self, folder)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    error = refused([*flags, "--output_dir", str(tmp_path), "--save_steps", "2"], capsys)
+    assert "checkpoint-4 could not be saved (No space left on device); checkpoint-2 is intact" in error
+    load(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_what_cannot_be_is_said_in_one_line(flags, tiny_llm: Path, tmp_path: Path, capsys) -> None:
+    argv = [*flags, "--output_dir", str(tmp_path / "run")]
+
+    def error(*extra: str) -> str:
+        return refused([*argv, *extra], capsys)
+
+    assert "unknown" in error("--version", "no_such_template")
+    assert "cannot be reached" in error("--global_batch_size", "3")
+    assert "no such folder" in error("--model_name_or_path", str(tmp_path / "absent"))
+    assert "--vision_tower" in error("--model_name_or_path", str(tiny_llm))
+    assert "no such file" in error("--data_path", str(tmp_path / "absent.json"))
+    assert "no such folder" in error("--image_folder", str(tmp_path / "absent"))
+    assert "patch size" in error("--image_size", "100")
+    assert "no checkpoint of a run" in error("--resume_from_checkpoint", str(tmp_path))
+    assert "text tokens" in error("--model_max_length", "20")
+    (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
+    assert "holds checkpoint-7 of an earlier run" in error()
