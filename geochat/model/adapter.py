@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from torch import Tensor, nn
 from transformers import LlavaConfig
 
+from geochat.model.base import BaseRecord
 from geochat.model.build import build_model, read_parts
 from geochat.model.canonical import CANONICAL, canonical_key, rename
-from geochat.model.checkpoint import fingerprint, load, portable_config, read_checkpoint
+from geochat.model.checkpoint import load, portable_config, read_checkpoint
 from geochat.model.processor import Processor
 from geochat.model.staging import staged
 from geochat.model.vision import freeze_tower
@@ -33,7 +34,6 @@ LLM_LINEARS = (
 )
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "non_lora_trainables.safetensors"
-BASE = "geochat_base.json"
 _PROJECTOR = "multi_modal_projector"
 
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
@@ -50,62 +50,6 @@ class AdapterSpec:
     use_dora: bool = False
     train_projector: bool = False
     """False: as GeoChat on a LLaVA base. True: as LLaVA-1.5."""
-
-
-@dataclass(frozen=True)
-class BaseRecord:
-    """The base an adapter belongs to: a canonical folder, or the parts that a model was built from."""
-
-    model: Path
-    vision_tower: Path | None = None
-    projector: Path | None = None
-    fingerprint: str | None = None
-
-    @classmethod
-    def of(
-        cls, model: Path | str, vision_tower: Path | str | None = None, projector: Path | str | None = None
-    ) -> BaseRecord:
-        """The record of folders as they are now."""
-        return cls(
-            Path(model).absolute(),
-            Path(vision_tower).absolute() if vision_tower else None,
-            Path(projector).absolute() if projector else None,
-            base_fingerprint(model, vision_tower),
-        )
-
-    @classmethod
-    def read(cls, folder: Path) -> BaseRecord:
-        """From an adapter folder; one that another program wrote names the base in adapter_config.json only."""
-        if (folder / BASE).exists():
-            value = json.loads((folder / BASE).read_text(encoding="utf-8"))
-            paths = {name: Path(value[name]) if value.get(name) else None for name in _PATHS}
-            return cls(**paths, fingerprint=value.get("fingerprint"))  # type: ignore[arg-type]
-        value = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return cls(Path(value.get("base_model_name_or_path") or ""))
-
-    def moved_to(self, model: Path | str | None, vision_tower: Path | str | None) -> BaseRecord:
-        """The same base at the places the user names. Raises ValueError when it is not there or not the same."""
-        record = BaseRecord(
-            Path(model or self.model),
-            Path(vision_tower) if vision_tower else self.vision_tower,
-            self.projector,
-            self.fingerprint,
-        )
-        for flag, folder in (("--model-base", record.model), ("--vision-tower", record.vision_tower)):
-            if folder is not None and not folder.is_dir():
-                raise ValueError(f"the adapter's base {folder} is not there; say where it is with {flag}")
-        if self.fingerprint and base_fingerprint(record.model, record.vision_tower) != self.fingerprint:
-            raise ValueError(f"{record.model}: not the base this adapter was trained on (its weights differ)")
-        return record
-
-
-_PATHS = ("model", "vision_tower", "projector")
-
-
-def base_fingerprint(model: Path | str, vision_tower: Path | str | None = None) -> str:
-    """Fingerprint of a base: of its model folder, and of the CLIP folder where it was built from parts."""
-    own = fingerprint(model)
-    return f"{own}+{fingerprint(vision_tower)}" if vision_tower else own
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
@@ -173,7 +117,6 @@ def save_adapter(
     extra = _extra_tensors(model, state, with_projector=bool(base.vision_tower or base.projector))
     config = model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": str(base.model)}
-    record = {name: str(value) if value is not None else None for name, value in asdict(base).items()}
     dtype = next(iter(tensors.values())).dtype
     with staged(folder) as staging:
         write_file(staging / WEIGHTS, tensors)
@@ -182,7 +125,7 @@ def save_adapter(
         processor.save(staging)
         _write_json(staging / "adapter_config.json", config)
         _write_json(staging / "config.json", portable_config(model.get_base_model().config, dtype))
-        _write_json(staging / BASE, record)
+        base.write(staging)
         written = {key: tuple(row["shape"]) for key, row in read_header(staging / WEIGHTS).items()}
         assert_same_keys(tensors, written, f"{folder} (as written)")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
@@ -18,19 +18,16 @@ from transformers import (
 
 from geochat.data.sample import IMAGE_TOKEN
 from geochat.data.templates import get_template
-from geochat.model.canonical import instantiate, model_state
-from geochat.model.formats.llava import from_clip, from_llava, from_projector
+from geochat.model.canonical import instantiate
+from geochat.model.formats.llava import from_clip, from_llava
 from geochat.model.processor import PAD_TOKEN, Processor
+from geochat.model.projector import fresh_projector, read_projector
 from geochat.model.tokenizer import load_tokenizer
 from geochat.model.vision import grid_side, resample_positions
 from geochat.model.weights import (
     Entry,
     State,
-    assert_same_keys,
-    of_tensor,
-    open_file,
     open_weights,
-    write_file,
 )
 
 VOCABULARY_MULTIPLE = 64
@@ -175,9 +172,9 @@ def read_parts(
         lambda rows_: resample_positions(rows_, side), (1 + side * side, vision_config.hidden_size)
     )
     if projector is not None:
-        state |= _projector_file(Path(projector))
+        state |= read_projector(Path(projector))
     elif "multi_modal_projector.linear_1.weight" not in state:
-        state |= _fresh_projector(config, seed)
+        state |= fresh_projector(config, seed)
     processor = Processor(
         tokenizer=tokenizer,
         template=get_template(template),
@@ -188,41 +185,6 @@ def read_parts(
         sentencepiece=(llm / "tokenizer.model").read_bytes() if (llm / "tokenizer.model").exists() else None,
     )
     return config, state, processor
-
-
-def load_projector(model: nn.Module, path: Path | str) -> None:
-    """Replace the projector of a running Llava model by that of a file or folder (GeoChat's
-    `--pretrain_mm_mlp_adapter`). Raises ValueError when it does not fit."""
-    found = _projector_file(Path(path))
-    places = {f"multi_modal_projector.{key}": value for key, value in _projector(model).state_dict().items()}
-    assert_same_keys(found, {key: tuple(place.shape) for key, place in places.items()}, str(path))
-    for key, place in places.items():
-        place.copy_(found[key].read())
-
-
-def save_projector(model: nn.Module, file: Path | str, state: dict[str, Tensor] | None = None) -> None:
-    """Write the projector alone, atomically, as safetensors under canonical names.
-
-    state: gathered tensors under the model's own names, where the model is sharded.
-    """
-    file = Path(file)
-    own = model_state(model, state)
-    tensors = {key: entry for key, entry in own.items() if key.startswith("multi_modal_projector.")}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".saving-{file.name}")
-    try:
-        write_file(staging, tensors)
-        staging.replace(file)
-    except OSError as error:
-        raise ValueError(
-            f"{file}: could not be saved ({error.strerror}); the previous save is unchanged"
-        ) from error
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _projector(model: Any) -> nn.Module:
-    return model.model.multi_modal_projector
 
 
 def stored_dtype(config: Any) -> torch.dtype:
@@ -270,33 +232,6 @@ def _vision_config(folder: Path) -> CLIPVisionConfig:
     if source.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(f"{folder}: is a {source.get('model_type')} model; a CLIP folder is needed")
     return CLIPVisionConfig(**source.get("vision_config", source))
-
-
-def _projector_file(path: Path) -> State:
-    if path.is_dir():
-        names = ("mm_projector.safetensors", "mm_projector.bin", "model.safetensors", "pytorch_model.bin")
-        files = [path / name for name in names if (path / name).exists()]
-        if not files:
-            raise ValueError(f"{path}: has no {' or '.join(names)}")
-        path = files[0]
-    if not path.exists():
-        raise ValueError(f"{path}: no such projector file")
-    return from_projector(open_file(path), str(path))
-
-
-def _fresh_projector(config: LlavaConfig, seed: int) -> State:
-    """PyTorch's default initialisation of two linear layers, from a seed of its own."""
-    layers = config.vision_feature_layer
-    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    hidden = config.text_config.hidden_size
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        linears = {"linear_1": nn.Linear(width, hidden), "linear_2": nn.Linear(hidden, hidden)}
-    return {
-        f"multi_modal_projector.{name}.{part}": of_tensor(tensor)
-        for name, linear in linears.items()
-        for part, tensor in linear.state_dict().items()
-    }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

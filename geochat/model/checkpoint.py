@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from geochat.model.build import build_model, generation_config, stored_dtype
 from geochat.model.canonical import (
     CANONICAL,
-    canonical_key,
     canonical_state,
     expected_shapes,
     instantiate,
@@ -41,7 +41,6 @@ __all__ = [
     "CANONICAL",
     "fingerprint",
     "load",
-    "load_state",
     "read_checkpoint",
     "save_model",
     "write_checkpoint",
@@ -50,7 +49,7 @@ __all__ = [
 _EMBEDDINGS = "language_model.model.embed_tokens.weight"
 _HEAD = "language_model.lm_head.weight"
 _POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
-_SAMPLES = 32  # values of each tensor that enter a fingerprint
+_SAMPLES = 16  # values at the start, middle and end of each tensor that enter a fingerprint
 
 
 def load(
@@ -172,19 +171,6 @@ def write_checkpoint(
         assert_same_keys(open_weights(staging), shapes, f"{folder} (as written)")
 
 
-def load_state(model: LlavaForConditionalGeneration, folder: Path | str) -> None:
-    """Copy the weights of a canonical folder into a running model of the same shapes, in place (to resume training).
-
-    Raises ValueError when a tensor is missing, left over or of another shape.
-    """
-    recover(Path(folder))
-    found = canonical_state(open_weights(Path(folder)))
-    places = {canonical_key(key): tensor for key, tensor in model.state_dict().items()}
-    assert_same_keys(found, {key: tuple(place.shape) for key, place in places.items()}, str(folder))
-    for key, place in places.items():
-        place.copy_(found[key].read())
-
-
 def portable_config(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json for transformers 4.5x and 5.x, vLLM and SGLang: each reads other names of the same fields."""
     value = config.to_dict()
@@ -212,12 +198,10 @@ def fingerprint(folder: Path | str) -> str:
     digest = hashlib.sha256()
     for key in sorted(state):
         entry = state[key]
-        flat = entry.read().reshape(-1)
-        picks = torch.linspace(
-            0, max(flat.numel() - 1, 0), min(_SAMPLES, flat.numel()), dtype=torch.float64
-        ).long()
+        count = math.prod(entry.shape)
         digest.update(f"{key}{list(entry.shape)}".encode())
-        digest.update(flat[picks].double().numpy().tobytes())
+        for first in sorted({0, count // 2, max(count - _SAMPLES, 0)}):
+            digest.update(entry.values(first, min(first + _SAMPLES, count)).double().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -42,8 +42,7 @@ class _Update:
 
     def apply(self, weight: Tensor) -> Tensor:
         """W + s·B·A, for DoRA (arXiv 2402.09353) m · (W + s·B·A) / ‖W + s·B·A‖ by rows; float32 until the end."""
-        merged = weight.float()
-        merged = torch.addmm(merged, self.b.read().float(), self.a.read().float(), alpha=self.scale)
+        merged = (self.b.read().float() @ self.a.read().float()).mul_(self.scale).add_(weight)
         if self.magnitude is not None:
             norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
             merged *= self.magnitude.read().float().reshape(-1, 1) / norm

@@ -7,13 +7,13 @@ one tensor at a time. Reading: safetensors and (with `weights_only=True`) PyTorc
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
@@ -39,13 +39,16 @@ class Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    peek: Callable[[int, int], Tensor] | None = None
+    """Some of the values, flat, without reading the others; None where the whole tensor is at hand anyway."""
 
     @property
     def nbytes(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def values(self, first: int, last: int) -> Tensor:
+        """The flat values from `first` up to `last`."""
+        return self.peek(first, last) if self.peek else self.read().reshape(-1)[first:last]
 
     def map(
         self,
@@ -128,15 +131,25 @@ def open_file(file: Path) -> State:
 
 def _open_safetensors(file: Path) -> State:
     header = read_header(file)
-    handle: Any = safe_open(file, framework="pt", device="cpu")
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
 
     def entry(key: str) -> Entry:
         record = header[key]
         if record["dtype"] not in _FROM_NAME:
             raise ValueError(f"{file}: tensor {key} has dtype {record['dtype']}, which is not supported")
-        return Entry(
-            tuple(record["shape"]), _FROM_NAME[record["dtype"]], lambda: cast(Tensor, handle.get_tensor(key))
-        )
+        shape, dtype = tuple(record["shape"]), _FROM_NAME[record["dtype"]]
+
+        def peek(first: int, last: int) -> Tensor:
+            # Not mapped: pages of a mapped file count as memory of the process, and a file cut short kills it.
+            data = bytearray((last - first) * dtype.itemsize)
+            with file.open("rb") as stream:
+                stream.seek(start + record["data_offsets"][0] + first * dtype.itemsize)
+                if stream.readinto(data) != len(data):
+                    raise ValueError(f"{file}: cut short while reading {key}")
+            return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+        return Entry(shape, dtype, lambda: peek(0, math.prod(shape)).reshape(shape), peek)
 
     return {key: entry(key) for key in header}
 

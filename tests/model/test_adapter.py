@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def base(tiny_llm: Path, tiny_clip: Path, tmp_path_factory) -> Path:
 def shake(model, seed: int = 0):
     """Random values where training would have left some."""
     draw = torch.Generator().manual_seed(seed)
-    for _, parameter in sum(trainable_groups(model).values(), []):
+    for _, parameter in chain.from_iterable(trainable_groups(model).values()):
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
     return model.eval()
 
@@ -83,7 +84,9 @@ def test_tower_is_out_of_autograd_and_gradients_do_not_change(base: Path) -> Non
             model.enable_input_require_grads()
         seen = []
         tower = model.get_base_model().model.vision_tower
-        tower.register_forward_hook(lambda *call, seen=seen: seen.append(call[2].last_hidden_state.requires_grad))
+        tower.register_forward_hook(
+            lambda *call, seen=seen: seen.append(call[2].last_hidden_state.requires_grad)
+        )
         ids = torch.tensor([[1, *[513] * 36, *range(5, 25)]])
         pixels = torch.randn(1, 3, 84, 84, generator=torch.Generator().manual_seed(0))
         model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
@@ -164,7 +167,10 @@ def test_resume_in_place(base: Path, tmp_path: Path) -> None:
     assert not torch.equal(logits(model), before)
     load_adapter_state(model, tmp_path / "a")
     assert torch.equal(logits(model), before)
-    assert all(trainable_groups(load_adapter(load(base)[0], tmp_path / "a", trainable=True))[x] for x in ("lora", "projector"))
+    assert all(
+        trainable_groups(load_adapter(load(base)[0], tmp_path / "a", trainable=True))[x]
+        for x in ("lora", "projector")
+    )
 
 
 def test_float32_adapter_on_a_bfloat16_base(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def base(tiny_llm: Path, tiny_clip: Path, tmp_path_factory) -> Path:
 def make_adapter(model, processor, folder: Path, spec: AdapterSpec, record: BaseRecord):
     draw = torch.Generator().manual_seed(0)
     adapted = attach(model, spec)
-    for _, parameter in sum(trainable_groups(adapted).values(), []):
+    for _, parameter in chain.from_iterable(trainable_groups(adapted).values()):
         parameter.data += 0.03 * torch.randn(parameter.shape, generator=draw)
     save_adapter(adapted, processor, folder, base=record)
     return adapted.eval()
@@ -88,7 +89,9 @@ def test_half_precision_is_rounded_once(base: Path, tmp_path: Path, name: str) -
 def test_base_from_parts(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """A frozen fresh projector and the resampled table end up in the merged model too."""
     model, processor = build_model(tiny_llm, tiny_clip, image_size=126, dtype=torch.float32, seed=5)
-    adapted = make_adapter(model, processor, tmp_path / "a", SPECS["lora"], BaseRecord.of(tiny_llm, tiny_clip))
+    adapted = make_adapter(
+        model, processor, tmp_path / "a", SPECS["lora"], BaseRecord.of(tiny_llm, tiny_clip)
+    )
     assert merge_adapter(tmp_path / "a", None, tmp_path / "m") < 1e-5
     merged, processor = load(tmp_path / "m")
     assert processor.image_size == 126
@@ -104,13 +107,18 @@ def golden_layers(assets: Path, folder: str, llm: str) -> tuple[dict[str, torch.
     magnitudes = {}
     if folder == "dora":
         extra = open_file(golden / folder / "non_lora_trainables.bin")
-        magnitudes = {key.split(".weight_m")[0]: value for key, value in extra.items() if "weight_m_wdecomp" in key}
+        magnitudes = {
+            key.split(".weight_m")[0]: value for key, value in extra.items() if "weight_m_wdecomp" in key
+        }
     merged = {}
     for name, entry in tensors.items():
         if name.endswith("lora_A.weight"):
             layer = name.removesuffix(".lora_A.weight")
             update = merge._Update(
-                entry, tensors[f"{layer}.lora_B.weight"], magnitudes.get(layer), config["lora_alpha"] / config["r"]
+                entry,
+                tensors[f"{layer}.lora_B.weight"],
+                magnitudes.get(layer),
+                config["lora_alpha"] / config["r"],
             )
             key = layer.removeprefix("base_model.model.") + ".weight"
             merged[key] = update.apply(base[key].read())

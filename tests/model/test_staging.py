@@ -11,7 +11,11 @@ import pytest
 
 from geochat.model.staging import recover, staged
 
-OLD = {"config.json": "old", "model-00001-of-00002.safetensors": "old", "model-00002-of-00002.safetensors": "old"}
+OLD = {
+    "config.json": "old",
+    "model-00001-of-00002.safetensors": "old",
+    "model-00002-of-00002.safetensors": "old",
+}
 NEW = {"config.json": "new", "generation_config.json": "new", "model.safetensors": "new"}
 FOREIGN = {"loss.jsonl": "kept"}
 
@@ -26,9 +30,15 @@ def content(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, files: dict[str, str] = NEW) -> None:
+    with staged(folder) as staging:
+        fill(staging, files)
+
+
+def fail(folder: Path) -> None:
     with staged(folder) as staging:
         fill(staging, NEW)
+        raise RuntimeError
 
 
 def test_save_replaces_own_files_and_keeps_others(tmp_path: Path) -> None:
@@ -42,12 +52,11 @@ def test_save_replaces_own_files_and_keeps_others(tmp_path: Path) -> None:
 def test_an_error_while_writing_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     fill(folder, OLD)
-    with pytest.raises(RuntimeError), staged(folder) as staging:
-        fill(staging, NEW)
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(folder)
     assert content(folder) == OLD
-    with pytest.raises(RuntimeError), staged(tmp_path / "fresh"):
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        fail(tmp_path / "fresh")
     assert not (tmp_path / "fresh").exists()
 
 
@@ -58,10 +67,10 @@ def test_no_space_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"run: not saved \(File too large\); the previous save") as caught:
-            with staged(folder) as staging:
-                (staging / "config.json").write_text("new")
-                (staging / "model.safetensors").write_text("x" * 5000)
+        with pytest.raises(
+            ValueError, match=r"run: not saved \(File too large\); the previous save"
+        ) as caught:
+            save(folder, {"config.json": "new", "model.safetensors": "x" * 5000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

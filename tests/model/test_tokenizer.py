@@ -8,12 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from geochat.model.tokenizer import (
-    SentencePieceModel,
-    convert_sentencepiece,
-    load_tokenizer,
-    write_tokenizer_files,
-)
+from geochat.model.formats.sentencepiece import SentencePieceModel
+from geochat.model.tokenizer import convert_sentencepiece, load_tokenizer, write_tokenizer_files
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
