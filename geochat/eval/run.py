@@ -42,6 +42,10 @@ def run(arguments: argparse.Namespace) -> Scores:
     """The whole command. Raises ValueError with one line for whatever the user can mend."""
     benchmark = Benchmark.load(arguments.benchmark)
     questions_file = arguments.questions or benchmark.root / benchmark.questions
+    if not questions_file.is_file():
+        raise ValueError(
+            f"{questions_file}: no question file there; give --questions, or set GEOCHAT_BENCHMARKS to its folder"
+        )
     questions = benchmark.read_questions(questions_file)
     start = questions_file.parent if arguments.questions else benchmark.root
     image_folder = arguments.image_folder or start / benchmark.image_folder

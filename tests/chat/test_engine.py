@@ -227,3 +227,20 @@ def test_load_refuses(tiny_model: Path, tmp_path: Path) -> None:
         Chat.load(tiny_model, device="tpu")
     with pytest.raises(ValueError, match="no checkpoint there"):
         Chat.load(tmp_path, device="cpu")
+
+
+def test_adapters_stay_active(tiny_model: Path, requests: list[Request]) -> None:
+    from geochat.model.adapter import AdapterSpec, attach
+    from geochat.model.checkpoint import load
+
+    model, processor = load(tiny_model)
+    peft = attach(model, AdapterSpec(r=4, alpha=8, dropout=0.0, use_dora=False, train_projector=True))
+    untrained = Chat(peft, processor).answer(requests[:5], max_new_tokens=8)
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    adapted = Chat(peft, processor).answer(requests[:5], max_new_tokens=8)
+    assert adapted != untrained
+    merged = Chat(peft.merge_and_unload(), processor).answer(requests[:5], max_new_tokens=8)
+    assert merged == adapted

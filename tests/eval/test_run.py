@@ -123,6 +123,8 @@ def test_a_damaged_image_is_a_failure_not_an_answer(
 
 
 def test_refusals(data: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no question file there; give --questions"):
+        module.main(["--model-path", "m", "--benchmark", "referring", "--output", str(tmp_path / "o")])
     (data / "images" / "2.png").unlink()
     with pytest.raises(SystemExit, match=r"error: 2 of 6 images are not there .*2\.png .*--image-folder"):
         module.main(command(data, tiny_model))
