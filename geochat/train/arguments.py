@@ -153,6 +153,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if not cuda:
             self.use_cpu = True
             self.dataloader_pin_memory = False
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
             if self.deepspeed:
                 _configure_deepspeed_on_cpu(self)
         if self.ddp_find_unused_parameters is None:
@@ -207,7 +208,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
 
 def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:
     """DeepSpeed over gloo: accelerate alone would look for an accelerator and not find the CPU backend."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from accelerate import PartialState
     from accelerate.utils import DistributedType

@@ -29,6 +29,10 @@ class LossCurve(TrainerCallback):
             text = "".join(json.dumps(row) + "\n" for row in rows if state.global_step)
             (self.folder / "loss.jsonl").write_text(text, encoding="utf-8")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the steps since the last regular log belong to the curve too
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs.keys() & {"loss", "eval_loss"}:
             return
