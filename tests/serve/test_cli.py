@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import json
@@ -187,9 +188,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/slow":
             self.send_response(200)
             self.end_headers()
-            for _ in range(20):
-                self.wfile.write(b"0" * 1000)
-                time.sleep(0.1)
+            with contextlib.suppress(OSError):  # the client goes away
+                for _ in range(200):
+                    self.wfile.write(b"0" * 1000)
+                    time.sleep(0.1)
         else:
             self.send_error(404)
 
@@ -224,7 +226,7 @@ def test_downloads_are_bounded(server: str) -> None:
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"/slow: not complete after 0 s"):
         fetch(f"{server}/slow", seconds=0.3)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 10
 
 
 def test_folder_listing(tmp_path: Path) -> None:
