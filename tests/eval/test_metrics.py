@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from geochat.data.boxes import Box
@@ -53,7 +53,6 @@ def test_exact_match(answer, truth, labels, strict, lenient, parsed) -> None:
     assert (verdict["correct"], verdict["lenient"], verdict["parsed"]) == (strict, lenient, parsed)
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.text())
 def test_an_empty_answer_is_never_right(truth: str) -> None:
     for empty in ("", " ", ".", "\n"):
@@ -63,7 +62,6 @@ def test_an_empty_answer_is_never_right(truth: str) -> None:
         assert not judge_word(empty, Question(truth))["correct"]
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.text(), st.text())
 def test_strict_implies_lenient_and_parsed(answer: str, truth: str) -> None:
     verdict = judge_exact(answer, Question(truth))
@@ -211,7 +209,6 @@ boxes = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(boxes, max_size=4), st.lists(boxes, max_size=4))
 def test_box_figures_stay_in_range_and_perfect_is_perfect(truth: list[Box], predicted: list[Box]) -> None:
     size = (120, 80)
