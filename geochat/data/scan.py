@@ -143,7 +143,7 @@ class _Marks:
         """Backslashes in a row at the end of the last block."""
         self.close = -1
         """Where the array's closing bracket stands, once it is found."""
-        self.last_end = at + 1
+        self._open = self.last_end = at + 1
         """Where the space before the next element begins."""
         self.odd_gaps: list[tuple[int, int]] = []
         self._starts: list[np.ndarray] = []
@@ -225,6 +225,8 @@ class _Marks:
         before = before[first : first + len(starts)]
         length = starts - before
         odd = (before < 0) | (length <= 0)
+        # No comma may stand before the first record.
+        odd[:1] |= self.last_end == self._open
         whole = np.flatnonzero(~odd)
         if len(whole):
             size = length[whole]
