@@ -24,6 +24,10 @@ _ROLES: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", 
 _WRITTEN = {"user": "human", "assistant": "gpt"}
 
 
+class ImageCountError(ValueError):
+    """A record whose text does not hold one `<image>` for each of its images."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One side's words. In a user turn every `IMAGE_TOKEN` stands at the front, each followed by a newline."""
@@ -50,8 +54,8 @@ class Sample:
 
         Raises:
             ValueError: `where` and the reason: a missing key, a wrong type, an unknown speaker, two turns of
-                one side in a row, a question without an answer, or a number of `<image>` unlike the number
-                of images.
+                one side in a row, or a question without an answer.
+            ImageCountError: a number of `<image>` unlike the number of images, or one in an answer.
         """
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
@@ -59,7 +63,7 @@ class Sample:
         turns = _turns(record.get("conversations"), where)
         marked = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
         if marked != len(images):
-            raise ValueError(f"{where}: {marked} {IMAGE_TOKEN} in the text for {len(images)} image(s)")
+            raise ImageCountError(f"{where}: {marked} {IMAGE_TOKEN} in the text for {len(images)} image(s)")
         return cls(str(record.get("id", "")), images, turns)
 
     def to_record(self) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def _turn(value: Any, where: str) -> Turn:
         raise ValueError(f'{where}: "value" must be text, found {text!r:.40}')
     if IMAGE_TOKEN in text:
         if role == "assistant":
-            raise ValueError(f"{where}: an answer contains {IMAGE_TOKEN}")
+            raise ImageCountError(f"{where}: an answer contains {IMAGE_TOKEN}")
         text = _marks_in_front(text)
     return Turn(role, text)
 
