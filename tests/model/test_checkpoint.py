@@ -1,5 +1,6 @@
 """Canonical folders: exact keys, portable files, nothing lost between save and load, nothing half written."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,18 +15,24 @@ from geochat.model import weights
 from geochat.model.build import build_model
 from geochat.model.checkpoint import fingerprint, load, save_model
 
-TINY_IDS = torch.tensor([[1, *[513] * 36, *range(5, 25)]])
 
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def built(tiny_llm: Path, tiny_clip: Path):
+    """Model and processor; a test that changes the model takes a copy."""
     return build_model(tiny_llm, tiny_clip, image_size=84, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def saved(built, tmp_path_factory) -> Path:
+    """The built model on disk; a test that changes files takes `copied`."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(*built, folder)
+    return folder
+
+
 @pytest.fixture
-def saved(built, tmp_path: Path) -> Path:
-    save_model(*built, tmp_path / "model")
-    return tmp_path / "model"
+def copied(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "copied")
 
 
 def logits(model, image_size: int = 84) -> torch.Tensor:
@@ -154,18 +161,18 @@ def test_another_resolution_resamples_the_table(built, saved: Path, tmp_path: Pa
     assert torch.equal(logits(again, 126), logits(model, 126))
 
 
-def test_a_tower_of_another_size_than_the_processor_is_refused(built, saved: Path, tmp_path: Path) -> None:
+def test_a_tower_of_another_size_than_the_processor_is_refused(built, copied: Path, tmp_path: Path) -> None:
     model, processor = built
     with pytest.raises(ValueError, match="works at 84 px, not 504 px; load it with image_size=504"):
         save_model(model, processor.with_image_size(504), tmp_path / "m")
-    processor.with_image_size(504).save(saved)
+    processor.with_image_size(504).save(copied)
     with pytest.raises(ValueError, match="works at 84 px, not 504 px"):
-        load(saved)
+        load(copied)
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_damaged_key_sets_are_refused(saved: Path, change: str) -> None:
-    tensors = load_file(saved / "model.safetensors")
+def test_damaged_key_sets_are_refused(copied: Path, change: str) -> None:
+    tensors = load_file(copied / "model.safetensors")
     key = "multi_modal_projector.linear_1.weight"
     if change == "missing":
         del tensors[key]
@@ -173,19 +180,19 @@ def test_damaged_key_sets_are_refused(saved: Path, change: str) -> None:
         tensors["language_model.extra"] = torch.ones(1)
     else:
         tensors[key] = tensors[key][:3].contiguous()
-    save_file(tensors, saved / "model.safetensors")
+    save_file(tensors, copied / "model.safetensors")
     with pytest.raises(ValueError, match=f"1 (of another )?{change}"):
-        load(saved)
+        load(copied)
 
 
-def test_truncated_files_are_named(saved: Path) -> None:
-    file = saved / "model.safetensors"
+def test_truncated_files_are_named(copied: Path) -> None:
+    file = copied / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors: \d+ bytes, but its header announces"):
-        load(saved)
+        load(copied)
     file.write_bytes(b"")
     with pytest.raises(ValueError, match="cut short"):
-        load(saved)
+        load(copied)
 
 
 def test_other_folders_are_refused(tiny_llm: Path, tmp_path: Path, assets: Path) -> None:
@@ -200,9 +207,9 @@ def test_other_folders_are_refused(tiny_llm: Path, tmp_path: Path, assets: Path)
 
 
 @pytest.mark.parametrize("after_commit", [False, True])
-def test_interrupted_save(built, saved: Path, monkeypatch, after_commit: bool) -> None:
+def test_interrupted_save(built, copied: Path, monkeypatch, after_commit: bool) -> None:
     """A save that dies leaves the old model; one that dies while moving finished files is completed by the next load."""
-    model, processor = built
+    model, processor = copy.deepcopy(built[0]), built[1]
     before = logits(model)
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
@@ -218,9 +225,9 @@ def test_interrupted_save(built, saved: Path, monkeypatch, after_commit: bool) -
 
         monkeypatch.setattr(Path, "replace", die)
         with pytest.raises(KeyboardInterrupt):
-            save_model(model, processor, saved)
+            save_model(model, processor, copied)
         monkeypatch.undo()
-        assert torch.equal(logits(load(saved)[0]), logits(model))
+        assert torch.equal(logits(load(copied)[0]), logits(model))
     else:
         original_write = weights.write_file
 
@@ -230,10 +237,10 @@ def test_interrupted_save(built, saved: Path, monkeypatch, after_commit: bool) -
 
         monkeypatch.setattr(weights, "write_file", full)
         with pytest.raises(ValueError, match=r"No space left on device\); the previous save is unchanged"):
-            save_model(model, processor, saved, max_shard_bytes=300_000)
+            save_model(model, processor, copied, max_shard_bytes=300_000)
         monkeypatch.undo()
-        assert torch.equal(logits(load(saved)[0]), before)
-        assert not any(entry.is_dir() for entry in saved.iterdir())
+        assert torch.equal(logits(load(copied)[0]), before)
+        assert not any(entry.is_dir() for entry in copied.iterdir())
 
 
 def test_a_wrong_write_is_noticed(built, tmp_path: Path, monkeypatch) -> None:
@@ -254,7 +261,7 @@ def test_gathered_state_is_written_instead_of_the_model(built, tmp_path: Path) -
 
 
 def test_fingerprint_follows_the_content(built, saved: Path, tmp_path: Path) -> None:
-    model, processor = built
+    model, processor = copy.deepcopy(built[0]), built[1]
     save_model(model, processor, tmp_path / "shards", max_shard_bytes=200_000)
     assert fingerprint(saved) == fingerprint(tmp_path / "shards")
     torch.save(load_file(saved / "model.safetensors"), tmp_path / "pytorch_model.bin")
