@@ -176,10 +176,14 @@ def _normalised_levels() -> tuple[np.ndarray, ...]:
 
 def _padded(image: Image.Image, side: int) -> Image.Image:
     """Centred on a square of the CLIP mean (an odd remainder goes to the right or bottom), then resized."""
-    longest = max(image.size)
-    if image.width != image.height:
-        square = Image.new("RGB", (longest, longest), PAD_COLOUR)
-        square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    width, height = image.size
+    longest = max(width, height)
+    if width > height:
+        # Pillow resizes the columns first; doing so before the padding spares the rows of padding. Same pixels.
+        image = image.resize((side, height), Image.Resampling.BICUBIC)
+    if width != height:
+        square = Image.new("RGB", (side if width > height else longest, longest), PAD_COLOUR)
+        square.paste(image, ((square.width - image.width) // 2, (longest - height) // 2))
         image = square
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
