@@ -4,6 +4,7 @@
 #   bash scripts/test.sh tests/data -x   the same checks, pytest with these arguments
 # GEOCHAT_TEST_WORKERS  processes of pytest for the full run (default: number of cores, at most 4)
 # GEOCHAT_ASSETS        folder that holds golden/; tests that need it are skipped without it
+# GEOCHAT_ALL_TESTS=1   the long variants too
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 source scripts/venv.sh train,eval,quant,dev
