@@ -2,9 +2,12 @@
 
 Three things are learned: the class (true label and teacher's probabilities, half and half) from the mean over the
 patches; the same from every single patch, so that a language model finds it wherever it looks; and the teacher's local
-features, patch by patch. Pictures are cropped, turned, mirrored, recoloured and mixed. Most steps run at 84 px, the last
-ones at 126 px, the position table resampled each time as `geochat.model.vision` does it. The heads are thrown away; the
-model is written back with the new tower.
+features, patch by patch. Pictures are cropped, turned, mirrored, recoloured and mixed. For most of the steps the tower
+sees some patches of a 126 px picture, in the last ones all of them; the position table is resampled as
+`geochat.model.vision` does it. The heads are thrown away.
+
+The projector follows: it learns to turn a patch into what the language model's own vectors of the words of the class
+name are, so that the language model meets pictures in words that it knows. The language model stays as it is.
 
     python scripts/real_images/adapt_tower.py --base playground/nano --data DATA --teacher OUT/teacher/teacher.npz \\
         --output OUT/base
@@ -76,19 +79,33 @@ def read(data: Path, scenes: list[AidScene], teacher: Path | None, trust: float)
     return Scenes(pixels, labels, (1 - trust) * beliefs + trust * probabilities, local)
 
 
-def features(tower: Any, pixels: Tensor, layer: int) -> Tensor:
-    """Patch features [B, side², hidden] of hidden state `layer`, the position table resampled to the picture's size."""
+def features(tower: Any, pixels: Tensor, layer: int, kept: Tensor | None = None) -> Tensor:
+    """Patch features [B, patches, hidden] of hidden state `layer`, the position table resampled to the picture's size.
+
+    kept: numbers of the patches [B, k] that the tower sees; None: all of them.
+    """
     embeddings = tower.embeddings
     patches = embeddings.patch_embedding(pixels)
-    side = patches.shape[-1]
-    tokens = torch.cat(
-        [embeddings.class_embedding.expand(len(pixels), 1, -1), patches.flatten(2).transpose(1, 2)], 1
-    )
-    hidden = tower.pre_layrnorm(tokens + resample_positions(embeddings.position_embedding.weight, side))
+    table = resample_positions(embeddings.position_embedding.weight, patches.shape[-1])
+    patches = patches.flatten(2).transpose(1, 2) + table[1:]
+    if kept is not None:
+        patches = pick(patches, kept)
+    first = (embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
+    hidden = tower.pre_layrnorm(torch.cat([first, patches], 1))
     blocks = tower.encoder.layers
     for block in blocks[: layer % (len(blocks) + 1)]:
         hidden = block(hidden, attention_mask=None)
     return hidden[:, 1:]
+
+
+def pick(rows: Tensor, kept: Tensor) -> Tensor:
+    """Rows [B, n, C] of numbers [B, k] → [B, k, C]."""
+    return rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def some_patches(batch: int, patches: int, share: float) -> Tensor:
+    """Numbers of randomly chosen patches [batch, k], other ones for every picture."""
+    return torch.rand(batch, patches).argsort(1)[:, : max(1, round(share * patches))]
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -180,15 +197,31 @@ def mix(
 
 
 def loss_of(heads: Heads, seen: Tensor, beliefs: Tensor, local: Tensor | None) -> Tensor:
-    normed = heads.norm(seen)  # [B, patches, hidden]
+    """seen [B, patches, hidden], beliefs [B, classes], local [B, patches, 64]."""
+    normed = heads.norm(seen)
     patches = heads.scene(normed)
     loss = F.cross_entropy(patches.mean(1), beliefs)
-    loss = loss + 0.15 * F.cross_entropy(
-        patches.flatten(0, 1), beliefs.repeat_interleave(patches.shape[1], 0)
-    )
+    repeated = beliefs.repeat_interleave(patches.shape[1], 0)
+    loss = loss + 0.15 * F.cross_entropy(patches.flatten(0, 1), repeated)
     if local is not None:
-        loss = loss + 0.5 * F.smooth_l1_loss(heads.local(normed), local.flatten(2).transpose(1, 2))
+        loss = loss + 0.5 * F.smooth_l1_loss(heads.local(normed), local)
     return loss
+
+
+def class_words(model: Any, tokenizer: Any) -> Tensor:
+    """A vector of the language model for each class [classes, hidden]: the mean of its words' embeddings, without what
+    all of them share, with the spread of those embeddings."""
+    table = model.get_input_embeddings().weight.detach()
+    ids = [tokenizer.encode(name, add_special_tokens=False) for name in CLASSES]
+    words = torch.stack([table[row].mean(0) for row in ids])
+    words = words - words.mean(0)
+    return words / words.std()
+
+
+def projector_loss(projector: nn.Module, seen: Tensor, beliefs: Tensor, words: Tensor) -> Tensor:
+    """How far the projected patches are from the words of the class. The tower is not drawn along."""
+    target = (beliefs @ words)[:, None]
+    return (projector(seen.detach()) - target).square().mean() / words.square().mean()
 
 
 @torch.inference_mode()
@@ -202,10 +235,11 @@ def accuracy(tower: Any, heads: Heads, scenes: Scenes, size: int, layer: int) ->
     return hits / len(scenes.labels)
 
 
-def sizes(steps: int, last_share: float) -> list[int]:
-    """Picture size of every step: 84 px with now and then 126, then 126 px."""
-    first = round(steps * (1 - last_share))
-    return [126 if step >= first or step % 8 == 7 else 84 for step in range(steps)]
+def plan(args: argparse.Namespace, step: int) -> tuple[int, float]:
+    """Picture size and share of the patches that one step sees."""
+    if step >= round(args.steps * (1 - args.last_share)):
+        return 126, 1.0
+    return args.size, args.keep
 
 
 def split(scenes: list[AidScene], share: float) -> tuple[list[AidScene], list[AidScene]]:
@@ -227,8 +261,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     material = read(args.data, scenes, args.teacher, args.trust)
     heads = Heads(tower.config.hidden_size)
-    tower.requires_grad_(True).train()
-    modules = nn.ModuleDict({"tower": tower, "heads": heads})
+    projector = model.model.multi_modal_projector
+    with torch.no_grad():  # words as loud as the base's projector speaks
+        sample = material.pixels[:64, :, :126, :126].float() / 255
+        spread = projector(features(tower, normalise(sample), layer)).std()
+    words = class_words(model, processor.tokenizer) * spread
+    modules = nn.ModuleDict({"tower": tower, "heads": heads, "projector": projector})
+    modules.requires_grad_(True).train()
     groups = [
         {"params": [p for p in modules.parameters() if (p.ndim > 1) == decays], "weight_decay": decay}
         for decays, decay in ((True, 0.05), (False, 0.0))
@@ -246,7 +285,6 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         first, spent = saved["step"], saved["seconds"]
-    plan = sizes(args.steps, args.last_share)
     started, running = time.perf_counter() - spent, 0.0
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, desc="tower", mininterval=5):
         rng = np.random.default_rng([1, step])  # a resumed run draws what an uninterrupted one would
@@ -256,8 +294,14 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             [np.random.default_rng([2, epoch + k]).permutation(len(scenes)) for k in (0, 1)]
         )
         chosen = torch.from_numpy(order[place : place + args.batch_size])
-        pixels, beliefs, local = augment(material, chosen, plan[step], rng)
-        loss = loss_of(heads, features(tower, normalise(pixels), layer), beliefs, local)
+        size, share = plan(args, step)
+        pixels, beliefs, local = augment(material, chosen, size, rng)
+        kept = some_patches(len(chosen), (size // 14) ** 2, share) if share < 1 else None
+        if local is not None:
+            local = local.flatten(2).transpose(1, 2)
+            local = local if kept is None else pick(local, kept)
+        seen = features(tower, normalise(pixels), layer, kept)
+        loss = loss_of(heads, seen, beliefs, local) + projector_loss(projector, seen, beliefs, words)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
@@ -273,7 +317,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
             state.with_suffix(".partial").replace(state)
             tqdm.write(json.dumps({"step": step + 1, "loss": round(running, 4), "seconds": round(seconds)}))
-    tower.eval()
+    modules.eval()
     result: dict[str, Any] = {
         "scenes": len(scenes),
         "steps": args.steps,
@@ -303,6 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--last-share", type=float, default=0.25, help="share of the steps, the last ones, at 126 px"
     )
+    parser.add_argument("--size", type=int, default=126, help="picture side of the other steps")
+    parser.add_argument("--keep", type=float, default=0.45, help="share of the patches that they see")
     parser.add_argument("--trust", type=float, default=0.5, help="weight of the teacher's probabilities")
     parser.add_argument(
         "--hold-out", type=float, default=0.0, help="share of the training scenes to measure on"

@@ -78,7 +78,7 @@ def crop_name(scene: AidScene, variant: int) -> str:
 def write_crops(data: Path, images: Path, scenes: list[AidScene], variants: int, seed: int) -> None:
     """One JPEG per scene and variant above 0: 55 to 100 % of the area, one of the eight symmetries."""
     (images / "crops").mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(tqdm(scenes, desc="crops", unit="scene")):
+    for number, scene in enumerate(tqdm(scenes, desc="crops", unit="scene", disable=None)):
         image = open_image(data / "aid150" / scene.file)
         for variant in range(1, variants):
             rng = np.random.default_rng([seed, number, variant])
@@ -211,9 +211,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("dataset", choices=["aid", "kit"])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds aid150/ or kit_cars/")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--variants", type=int, default=3, help="AID: pictures per scene, the first as it is")
+    parser.add_argument("--variants", type=int, default=2, help="AID: pictures per scene, the first as it is")
     parser.add_argument(
-        "--long-share", type=float, default=0.5, help="AID: records with GeoChat's own prompt"
+        "--long-share", type=float, default=0.35, help="AID: records with GeoChat's own prompt"
     )
     parser.add_argument("--windows", type=int, default=6000, help="KIT: training windows")
     parser.add_argument("--seed", type=int, default=0)

@@ -12,7 +12,7 @@
 #   PARTS        "aid kit", or one of them
 #   TEACHER      teacher.npz of an earlier run; "none" teaches the tower with labels alone
 #   TOWER_STEPS, LLM_STEPS, KIT_STEPS   length of the three trainings
-#   BATCH        samples for each step of the language model (default 32)
+#   BATCH        samples for each step of the two language-model trainings (default 16)
 #   WORKERS      loader processes (default 1)
 #   LIMIT        ask only the first questions of each benchmark
 #   WINDOWS      KIT training windows; SIZE  picture side in pixels (default 126)
@@ -56,8 +56,8 @@ tune() {  # MODEL FOLDER STEPS FLAGS…
     shift 3
     python -m geochat.train.train --model_name_or_path "$model" --image_size "$SIZE" \
         --data_path "$folder/train.json" --image_folder "$folder/images" --output_dir "$folder/run" \
-        --max_steps "$steps" --per_device_train_batch_size "${BATCH:-32}" --gradient_checkpointing False \
-        --adam_beta2 0.98 --warmup_steps 0.05 --logging_steps 10 --save_steps 100 --save_total_limit 1 \
+        --max_steps "$steps" --per_device_train_batch_size "${BATCH:-16}" --gradient_checkpointing False \
+        --group_by_modality_length True --adam_beta2 0.98 --warmup_steps 0.05 --logging_steps 10 --save_steps 100 --save_total_limit 1 \
         --dataloader_num_workers "${WORKERS:-1}" --resume_from_checkpoint True "$@"
 }
 
@@ -73,8 +73,8 @@ aid() {
         python $HERE/adapt_tower.py --base "$BASE" --data "$DATA" --output "$folder/base" --test \
         --steps "${TOWER_STEPS:-1400}" $([ "$teacher" = none ] || echo --teacher "$teacher")
     stage "$folder/run/adapter_model.safetensors" "AID: LoRA and projector" \
-        tune "$folder/base" "$folder" "${LLM_STEPS:-220}" --tune_mm_mlp_adapter True \
-        --lora_r 32 --lora_alpha 64 --lora_dropout 0 --learning_rate 1.5e-3 --mm_projector_lr 1.5e-3
+        tune "$folder/base" "$folder" "${LLM_STEPS:-320}" --tune_mm_mlp_adapter True \
+        --lora_r 32 --lora_alpha 64 --lora_dropout 0 --learning_rate 1e-3 --mm_projector_lr 1e-3
     stage "$folder/merged/config.json" "merge" python scripts/merge_lora_weights.py \
         --model-path "$folder/run" --model-base "$folder/base" --save-model-path "$folder/merged"
     local questions=(--questions "$folder/questions.jsonl" --image-folder "$folder/images")
@@ -89,7 +89,7 @@ kit() {
     stage "$folder/train.json" "KIT records" python $HERE/prepare.py kit --data "$DATA" --output "$folder" \
         --windows "${WINDOWS:-6000}"
     stage "$folder/run/config.json" "KIT: tower, projector and language model" \
-        tune "$BASE" "$folder" "${KIT_STEPS:-250}" --lora_enable False --tune_vision_tower True \
+        tune "$BASE" "$folder" "${KIT_STEPS:-260}" --lora_enable False --tune_vision_tower True \
         --learning_rate 5e-4 --vision_tower_lr 3e-4 --loss_normalization token
     local toml="$folder/kit_cars.toml"
     ask "$BASE" "$toml" "$folder/eval/base"

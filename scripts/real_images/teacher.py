@@ -101,7 +101,7 @@ def teach(data: Path, output: Path, scenes: list[AidScene], batch: int = 32) -> 
     output.mkdir(parents=True, exist_ok=True)
     reduce: tuple[Tensor, Tensor] | None = None
     chunks = []
-    for start in tqdm(range(0, len(scenes), 16 * batch), desc="teacher", unit="chunk"):
+    for start in tqdm(range(0, len(scenes), 16 * batch), desc="teacher", unit="chunk", disable=None):
         part = scenes[start : start + 16 * batch]
         file = output / f"chunk_{start}.npz"
         if not file.exists():
