@@ -145,8 +145,10 @@ def load_adapter_state(model: PeftModel, folder: Path | str) -> None:
     wanted = {key: tuple(place.shape) for key, place in places.items()}
     assert_same_keys(found, wanted, f"{folder} (adapter of another base?)")
     for key, place in places.items():
-        if ".lora_" in key and place.dtype != found[key].dtype:
-            place.data = place.data.to(found[key].dtype)  # PEFT computes in the adapter's own precision
+        if (
+            ".lora_" in key
+        ):  # PEFT computes in the adapter's own precision: never round it to a half-precision base
+            place.data = place.data.to(torch.promote_types(place.dtype, found[key].dtype))
         place.data.copy_(found[key].read())
     if (folder / EXTRA).exists():
         _load_extra(model.get_base_model(), open_file(folder / EXTRA), folder)

@@ -86,6 +86,21 @@ def test_half_precision_is_rounded_once(base: Path, tmp_path: Path, name: str) -
         assert neighbours.max() <= 2**-8, key  # half a unit in the last place
 
 
+def test_adapter_trained_on_a_quantised_base(base: Path, tmp_path: Path) -> None:
+    """QLoRA: bfloat16 adapter weights, merged into the full base, never into the rounded one."""
+    pytest.importorskip("bitsandbytes")
+    for name in ("lora, projector", "dora, projector"):
+        quantised, processor = load(base, quantization="4bit", dtype=torch.bfloat16)
+        adapted = make_adapter(
+            quantised, processor, tmp_path / name, SPECS[name], BaseRecord.of(base)
+        ).train()
+        ids = torch.tensor([[1, *[513] * 36, *range(5, 25)]])
+        pixels = torch.zeros(1, 3, 84, 84, dtype=torch.bfloat16)
+        adapted(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+        assert all(p.grad is not None for _, p in chain.from_iterable(trainable_groups(adapted).values()))
+        assert merge_adapter(tmp_path / name, None, tmp_path / "m") < 2e-5
+
+
 def test_base_from_parts(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
     """A frozen fresh projector and the resampled table end up in the merged model too."""
     model, processor = build_model(tiny_llm, tiny_clip, image_size=126, dtype=torch.float32, seed=5)
