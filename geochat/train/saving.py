@@ -66,12 +66,13 @@ class RunSaver:
 
     def save(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """state: gathered tensors under the model's own names, where the model itself holds only shards."""
-        if self.kind == "adapter":
-            save_adapter(self.model, self.processor, folder, base=self.base, state=state)
-        elif self.kind == "projector":
-            save_projector(self.model, folder / PROJECTOR_FILE, state)
-        else:
-            save_model(self.model, self.processor, folder, state=state)
+        with without_zero_init():
+            if self.kind == "adapter":
+                save_adapter(self.model, self.processor, folder, base=self.base, state=state)
+            elif self.kind == "projector":
+                save_projector(self.model, folder / PROJECTOR_FILE, state)
+            else:
+                save_model(self.model, self.processor, folder, state=state)
 
     def restore(self, folder: Path) -> None:
         """Raises: ValueError when the folder does not fit the model."""
@@ -106,6 +107,24 @@ class RunSaver:
             for old in checkpoints(run)[:-limit]:
                 if best is None or old != Path(best):
                     remove(old)
+
+
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Models are made whole inside, also under ZeRO-3; DeepSpeed partitions the one that trains when it takes it over.
+
+    transformers would partition every model it makes from the moment it is made: weights that are still being read
+    and resampled, and even the empty model that a save by one process compares its keys with; the others would
+    then be waited for in vain.
+    """
+    from transformers.integrations import deepspeed as integration
+
+    config = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = config
 
 
 def save_projector(model: nn.Module, file: Path, state: dict[str, torch.Tensor] | None = None) -> None:

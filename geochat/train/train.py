@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +35,15 @@ from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
 from geochat.train.dataset import BadSampleError, InstructionDataset
 from geochat.train.recipe import choose_trainable, compute_dtype, describe, unfreeze_tower
-from geochat.train.saving import Kind, RunSaver, SaveError, explained, load_projector, resume_point
+from geochat.train.saving import (
+    Kind,
+    RunSaver,
+    SaveError,
+    explained,
+    load_projector,
+    resume_point,
+    without_zero_init,
+)
 from geochat.train.trainer import Trainer
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
@@ -67,7 +74,7 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     model_args, data_args, args = arguments
     resume = resume_point(args)
     transformers.set_seed(args.seed)
-    with _without_zero_init():
+    with without_zero_init():
         base, processor, record = load_base(arguments)
     kind, model = make_trainable(base, model_args, args)
     train_set = open_dataset(data_args.data_path or "", processor, arguments)
@@ -210,19 +217,6 @@ def report_bad_samples(trainer: Trainer) -> None:
         file = Path(args.output_dir) / "bad_samples.txt"
         file.write_text("\n".join(named) + "\n", encoding="utf-8")
         print(f"{len(named)} rows could not be used and were skipped, listed in {file}")
-
-
-@contextmanager
-def _without_zero_init():
-    """ZeRO-3 would partition weights while they are being read and resampled; they are partitioned afterwards."""
-    from transformers.integrations import deepspeed as integration
-
-    config = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = config
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -64,7 +64,12 @@ def finish():
     """Waits for a started program and returns what it printed."""
 
     def finish(process: subprocess.Popen, expected: int = 0) -> str:
-        output, _ = process.communicate(timeout=400)
+        try:
+            output, _ = process.communicate(timeout=400)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers on this signal
+            output, _ = process.communicate()
+            pytest.fail(f"not finished after 400 s: {output}")
         assert process.returncode == expected, output
         return output
 

@@ -31,6 +31,8 @@ FULL = ["--lora_enable", "False"]
 )
 def test_two_processes_take_the_steps_of_one(stage, kind, flags, start, finish, tmp_path: Path) -> None:
     run = [*flags, *kind, "--save_steps", "2", "--num_train_epochs", "2", "--global_batch_size", "4"]
+    # One sample at a time: one process gets the record without an image while the other has one.
+    run += ["--per_device_train_batch_size", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start([*run, "--output_dir", str(one)]))
     with socket.socket() as free:
@@ -42,7 +44,7 @@ def test_two_processes_take_the_steps_of_one(stage, kind, flags, start, finish, 
     output = finish(start([*run, *config, "--output_dir", str(two)], program))
 
     assert f"stage {stage}" in output
-    assert "4 = 2 per device × 1 accumulation × 2 processes" in output
+    assert "4 = 1 per device × 2 accumulation × 2 processes" in output
     name = "model.safetensors" if kind is FULL else "adapter_model.safetensors"
     for folder in (".", "checkpoint-2"):
         expected, found = load_file(one / folder / name), load_file(two / folder / name)
