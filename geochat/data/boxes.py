@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from geochat.data.geometry import convex_hull, overlap, smallest_rectangle
+from geochat.data.geometry import area, convex_hull, overlap, smallest_rectangle
 
 _NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*"
 BOX_PATTERN = re.compile(
@@ -208,10 +208,7 @@ def to_geojson(
     for number, region in enumerate(regions):
         for box in region.boxes:
             points = [(a * x + b * y + c, d * x + e * y + f) for x, y in box.polygon(width, height).tolist()]
-            twice_area = sum(
-                p[0] * q[1] - q[0] * p[1] for p, q in zip(points, points[1:] + points[:1], strict=True)
-            )
-            if twice_area < 0:  # RFC 7946: the outer ring runs counter-clockwise in its own coordinates
+            if area(points) < 0:  # RFC 7946: the outer ring runs counter-clockwise in its own coordinates
                 points.reverse()
             ring = [[float(x), float(y)] for x, y in [*points, points[0]]]
             features.append(

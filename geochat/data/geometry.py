@@ -35,7 +35,7 @@ def _chain(points: Iterable[Point]) -> list[Point]:
 
 
 def area(polygon: Sequence[Point]) -> float:
-    """Shoelace area, positive for a hull of `convex_hull`."""
+    """Shoelace area, positive for a hull of `convex_hull` and negative for the same points in reverse."""
     if len(polygon) < 3:
         return 0.0
     # Relative to a corner: far from the origin the products would swallow the digits of a small polygon.
