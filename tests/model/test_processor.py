@@ -45,7 +45,10 @@ def test_pixels_equal_transformers(processor: Processor, tmp_path: Path, mode: s
 
     processor.image_mode = mode
     processor.save(tmp_path)
-    theirs = AutoImageProcessor.from_pretrained(tmp_path, local_files_only=True)
+    try:
+        theirs = AutoImageProcessor.from_pretrained(tmp_path, local_files_only=True)
+    except ImportError:
+        pytest.skip("this transformers needs torchvision for its image processors")
     image = noise(*size)
     assert torch.equal(processor.pixels(image), theirs(image, return_tensors="pt").pixel_values[0])
 
