@@ -214,7 +214,7 @@ def conversation(scene: Scene, rng: np.random.Generator, turns: int) -> list[Que
     weights = np.array([MIX[name] for name in names], float)
     asked: list[Question] = []
     told: set[str] = set()
-    for _ in range(4 * turns):
+    for _ in range(4 * turns + 16):
         question = getattr(asker, names[int(rng.choice(len(names), p=weights / weights.sum()))])()
         if question is None or any(question.text == other.text for other in asked):
             continue

@@ -86,6 +86,19 @@ def train_tokenizer(lines: list[str]) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def model_piece(file: Path, piece: str) -> int:
+    return int(spm.SentencePieceProcessor(model_file=str(file)).piece_to_id(piece))
+
+
+def number_embeddings(hidden: int, spread: float) -> torch.Tensor:
+    """Embeddings [101, hidden] of the box numbers: waves of seven lengths, so that neighbours are alike from the start."""
+    n = torch.arange(101)[:, None]
+    angles = 2 * torch.pi * n / torch.tensor([400.0, 200.0, 100.0, 50.0, 25.0, 12.5, 6.25])
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # [101, 14], every row of length √7
+    axes = torch.linalg.qr(torch.randn(hidden, 14))[0]  # orthonormal columns
+    return waves @ axes.T * (spread * hidden**0.5 / 7**0.5)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -99,7 +112,12 @@ def main() -> None:
         tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(args.output)
+    model = LlamaForCausalLM(config)
+    table = model.model.embed_tokens.weight.data
+    ids = torch.tensor([model_piece(args.output / "tokenizer.model", f"<{n}>") for n in range(101)])
+    table[ids] = number_embeddings(config.hidden_size, 0.02)
+    model.lm_head.weight.data.copy_(table)  # a word that is seen points at the same word that is said
+    model.save_pretrained(args.output)
     print(json.dumps({"output": str(args.output), "pieces": VOCABULARY}))
 
 
