@@ -52,9 +52,7 @@ Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 def main(argv: list[str] | None = None) -> None:
     """Raises: SystemExit(2), after one line on stderr, for input that cannot be used."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the data workers are the parallelism
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # peft's use of old names
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing a user can change
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         trainer, resume = prepare(arguments)
