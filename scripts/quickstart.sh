@@ -38,7 +38,8 @@ python -m geochat.train.train \
     --gradient_checkpointing False --logging_steps 5 --save_steps 1000 --dataloader_num_workers 1
 
 step "4/7 merge the adapter into its base: $OUT/merged"
-python scripts/merge_lora_weights.py --model-path "$OUT/adapter" --model-base "$BASE" --save-model-path "$OUT/merged"
+python scripts/merge_lora_weights.py --model-path "$OUT/adapter" --model-base "$BASE" --save-model-path "$OUT/merged" \
+    --dtype float32
 
 step "5/7 score the base and the fine-tuned model on scenes that neither has seen"
 for model in base merged; do

@@ -14,13 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pretrain_tower import COLOUR_NAMES, KIND_NAMES, MOST, SCENE_NAMES, assign, boxes, features, prepare, scenes, turned
+from pretrain_tower import (
+    COLOUR_NAMES,
+    KIND_NAMES,
+    MOST,
+    SCENE_NAMES,
+    assign,
+    boxes,
+    features,
+    prepare,
+    scenes,
+    turned,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import trange
 
 from geochat.model.build import build_model
-
 
 SCALE = 0.5
 """Spread of the projected features: about that of a projector before any training, so nothing else has to be retuned."""
@@ -68,17 +78,26 @@ def main() -> None:
     tokenizer = processor.tokenizer
     numbers = [tokenizer.convert_tokens_to_ids(f"<{n}>") for n in range(101)]
     table = model.get_input_embeddings().weight.detach()
-    dictionary = Dictionary(table, lambda text: tokenizer.encode(text.strip(), add_special_tokens=False), numbers)
+    dictionary = Dictionary(
+        table, lambda text: tokenizer.encode(text.strip(), add_special_tokens=False), numbers
+    )
     projector, tower = model.model.multi_modal_projector, model.model.vision_tower
     pixels, names, objects = scenes(args.cache, args.seed, args.scenes)
-    seen, wanted = [], []  # patches of a sample of scenes, turned and at two sizes: the tower runs once over each
+    seen, wanted = (
+        [],
+        [],
+    )  # patches of a sample of scenes, turned and at two sizes: the tower runs once over each
     for _ in trange(args.batches, desc="patches", mininterval=10):
         chosen = np.sort(rng.choice(len(names), 64, replace=False))
         size = (84, 126)[int(rng.random() < 0.25)]
-        batch, labels = turned(prepare(pixels[chosen], size), torch.from_numpy(objects[chosen]), int(rng.integers(8)))
+        batch, labels = turned(
+            prepare(pixels[chosen], size), torch.from_numpy(objects[chosen]), int(rng.integers(8))
+        )
         with torch.no_grad():
             seen.append(features(tower, batch).flatten(0, 1))
-            wanted.append(dictionary.target(torch.from_numpy(names[chosen]), labels, size // 14).flatten(0, 1))
+            wanted.append(
+                dictionary.target(torch.from_numpy(names[chosen]), labels, size // 14).flatten(0, 1)
+            )
     inputs, targets = torch.cat(seen), torch.cat(wanted)
     targets = targets * (SCALE / targets.std())
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.0)
@@ -92,7 +111,9 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         bar.set_postfix(unexplained=round(loss.item(), 4))
-    state = {f"multi_modal_projector.{name}": value.contiguous() for name, value in projector.state_dict().items()}
+    state = {
+        f"multi_modal_projector.{name}": value.contiguous() for name, value in projector.state_dict().items()
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, args.output, metadata={"format": "pt"})
 

@@ -18,7 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pretrain_tower import COLOUR_NAMES, KIND_NAMES, MOST, SCENE_NAMES, assign, features, prepare, scenes, turned
+from pretrain_tower import (
+    COLOUR_NAMES,
+    KIND_NAMES,
+    MOST,
+    SCENE_NAMES,
+    assign,
+    features,
+    prepare,
+    scenes,
+    turned,
+)
 from torch import Tensor
 from tqdm import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -40,7 +50,12 @@ Hint = tuple[int, list[int]]
 def scene_objects(rows: Tensor) -> list[SceneObject]:
     """Objects of a scene from their label rows [MOST, 7], in reading order."""
     found = [
-        SceneObject(KIND_NAMES[int(row[0]) - 1], COLOUR_NAMES[int(row[1])], *(float(v) for v in row[2:6]), float(row[6]) % 360)
+        SceneObject(
+            KIND_NAMES[int(row[0]) - 1],
+            COLOUR_NAMES[int(row[1])],
+            *(float(v) for v in row[2:6]),
+            float(row[6]) % 360,
+        )
         for row in rows
         if row[0] > 0
     ]
@@ -57,7 +72,9 @@ class Writer:
         self.numbers = {vocabulary[f"<{n}>"]: n for n in range(101)}
         self.opens = {vocabulary["▁{"], vocabulary["{"]}
 
-    def write(self, name: str, rows: Tensor, side: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[Hint]]:
+    def write(
+        self, name: str, rows: Tensor, side: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, list[Hint]]:
         items = scene_objects(rows)
         questions = conversation(Scene(name, _NO_PICTURE, items), rng, int(rng.integers(1, self.turns + 1)))
         said = [turn for q in questions for turn in (Turn("user", q.text), Turn("assistant", q.answer))]
@@ -65,12 +82,17 @@ class Writer:
         encoded = self.encoder.encode(Sample("", ("",), tuple(said)))
         return encoded.input_ids, encoded.labels, self._hints(encoded, questions, items, rows, side)
 
-    def _hints(self, encoded: object, questions: list[Question], items: list[SceneObject], rows: Tensor, side: int) -> list[Hint]:
+    def _hints(
+        self, encoded: object, questions: list[Question], items: list[SceneObject], rows: Tensor, side: int
+    ) -> list[Hint]:
         ids, labels = encoded.input_ids.tolist(), encoded.labels
         index, centre = assign(rows[None], side)
         order = scene_objects_order(rows)
         start = ids.index(self.image_token_id)
-        patches = [[start + p for p in (index[0] == order[i]).nonzero().flatten().tolist()] for i in range(len(items))]
+        patches = [
+            [start + p for p in (index[0] == order[i]).nonzero().flatten().tolist()]
+            for i in range(len(items))
+        ]
         centres = [[p for p in patches[i] if centre[0, p - start]] for i in range(len(items))]
         by_box = {item.box().format(): i for i, item in enumerate(items)}
         hints: list[Hint] = []
@@ -78,15 +100,26 @@ class Writer:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], supervised.view(np.int8), [0]])))
         for question, (first, last) in zip(questions, edges.reshape(-1, 2).tolist(), strict=True):
             if question.task in ("count", "presence"):
-                wanted = [p for i, item in enumerate(items) if item.kind == question.columns["class"] for p in centres[i]]
+                wanted = [
+                    p
+                    for i, item in enumerate(items)
+                    if item.kind == question.columns["class"]
+                    for p in centres[i]
+                ]
                 hints += [(row, wanted) for row in range(first - 1, last - 1) if wanted]
             elif question.task == "identify":
                 box = question.text[question.text.index("{") :]
-                hints += [(row, patches[by_box[box]]) for row in range(first - 1, last - 1) if patches[by_box[box]]]
+                hints += [
+                    (row, patches[by_box[box]]) for row in range(first - 1, last - 1) if patches[by_box[box]]
+                ]
             else:
                 for at in range(first, last):
                     if ids[at] in self.opens and ids[at + 1] in self.numbers:
-                        box = "{" + "".join(f"<{self.numbers[ids[at + k]]}>" for k in range(1, 5)) if self._whole(ids, at) else ""
+                        box = (
+                            "{" + "".join(f"<{self.numbers[ids[at + k]]}>" for k in range(1, 5))
+                            if self._whole(ids, at)
+                            else ""
+                        )
                         box = f"{box}|<{self.numbers[ids[at + 6]]}>}}" if box else ""
                         if patches[by_box[box]] if box in by_box else False:
                             hints += [(at + k, patches[by_box[box]]) for k in range(-1, 6)]
@@ -122,7 +155,10 @@ class Watched:
     def loss(self, hints: list[list[Hint]]) -> Tensor:
         """−log of the attention that the watched heads give to the patches they should look at."""
         batch, length, _ = self.keys.shape
-        q, k = (part.view(batch, length, -1, self.width)[:, :, :HEADS].transpose(1, 2) for part in (self.queries, self.keys))
+        q, k = (
+            part.view(batch, length, -1, self.width)[:, :, :HEADS].transpose(1, 2)
+            for part in (self.queries, self.keys)
+        )
         cos, sin = self.rotary(q, torch.arange(length)[None])
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
         total, count = q.new_zeros(()), 0
@@ -154,7 +190,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--turns", type=int, default=6, help="most questions in a conversation")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--hint", type=float, default=0.5, help="weight of the attention loss at the start; it fades")
+    parser.add_argument(
+        "--hint", type=float, default=0.5, help="weight of the attention loss at the start; it fades"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -180,15 +218,21 @@ def main() -> None:
     started = time.time()
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, desc="llm", mininterval=20):
         chosen = np.sort(rng.choice(len(names), args.batch_size, replace=False))
-        batch, labels = turned(prepare(pixels[chosen], 84), torch.from_numpy(objects[chosen]), int(rng.integers(8)))
+        batch, labels = turned(
+            prepare(pixels[chosen], 84), torch.from_numpy(objects[chosen]), int(rng.integers(8))
+        )
         written = [
-            writer.write(SCENE_NAMES[int(name)], rows, 6, rng) for name, rows in zip(names[chosen], labels, strict=True)
+            writer.write(SCENE_NAMES[int(name)], rows, 6, rng)
+            for name, rows in zip(names[chosen], labels, strict=True)
         ]
         length = max(len(ids) for ids, _, _ in written)
         ids = torch.full((len(written), length), processor.pad_token_id)
         wanted = torch.full((len(written), length), IGNORE_INDEX)
         for row, (tokens, targets, _) in enumerate(written):
-            ids[row, : len(tokens)], wanted[row, : len(tokens)] = torch.from_numpy(tokens), torch.from_numpy(targets)
+            ids[row, : len(tokens)], wanted[row, : len(tokens)] = (
+                torch.from_numpy(tokens),
+                torch.from_numpy(targets),
+            )
         with torch.no_grad():
             seen = features(model.model.vision_tower, batch)
         embeds = model.get_input_embeddings()(ids)
@@ -207,11 +251,19 @@ def main() -> None:
         for key, value in (("loss", loss), ("hint", hint)):
             averages[key] = value.item() if step == first else 0.95 * averages[key] + 0.05 * value.item()
         if (step + 1) % 25 == 0:
-            line = {"step": step + 1, **{k: round(v, 4) for k, v in averages.items()}, "seconds": round(time.time() - started)}
+            line = {
+                "step": step + 1,
+                **{k: round(v, 4) for k, v in averages.items()},
+                "seconds": round(time.time() - started),
+            }
             with (args.output / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            saved = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
             torch.save({**saved, "step": step + 1}, state.with_suffix(".partial"))
             state.with_suffix(".partial").replace(state)
             save_model(model, processor, args.output / "model")
