@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +122,20 @@ def _write(file: Path, index: np.ndarray) -> bool:
             np.save(stream, index)
         temporary.replace(file)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         return False
     return True
 
 
 def _first_fault(path: Path, error: ScanError) -> str:
     """Name the row that broke the file: the first that does not parse, or the one after the last."""
+    rows = error.rows.tolist()
     with path.open("rb") as file:
-        for row, (start, end) in enumerate(error.rows.tolist()):
+        for row, (start, end) in enumerate(rows):
             file.seek(start)
             try:
                 json.loads(file.read(end - start).decode())
             except ValueError as fault:
-                return f"{path}:row {row}: not valid JSON: {fault} ({error})"
-    where = f"{path}:row {len(error.rows)}" if len(error.rows) else str(path)
-    return f"{where}: {error}"
+                return f"{path}:row {row}: not valid JSON: {fault}"
+    return f"{path}:row {len(rows)}: {error}" if rows else f"{path}: {error}"
