@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -161,6 +162,9 @@ class TrainingArguments(transformers.TrainingArguments):
         with warnings.catch_warnings():  # the new name of the flag is missing in transformers 5.16
             warnings.simplefilter("ignore", FutureWarning)
             super().__post_init__()
+        for name in self.report_to:
+            if find_spec(name) is None:
+                raise ValueError(f"--report_to {name}: not installed here (pip install {name})")
         if self.n_gpu > 1:
             self._n_gpu = 1
             self.notes.append(

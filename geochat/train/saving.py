@@ -27,6 +27,11 @@ PROJECTOR_FILE = "mm_projector.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 Kind = Literal["adapter", "projector", "full"]
+_WEIGHTS = {
+    "adapter": ("adapter_model.safetensors",),
+    "projector": (PROJECTOR_FILE,),
+    "full": ("model.safetensors", "model.safetensors.index.json"),
+}
 
 
 class SaveError(RuntimeError):
@@ -63,6 +68,16 @@ class RunSaver:
     def partial(self) -> bool:
         """True when frozen weights are left out."""
         return self.kind != "full"
+
+    def check(self, run: Path, resume: Path | None) -> None:
+        """Before the hours of training. Raises: ValueError when a folder holds another kind of model."""
+        if resume is not None and not any((resume / name).exists() for name in _WEIGHTS[self.kind]):
+            raise ValueError(
+                f"{resume} is no checkpoint of this kind of run: it has no {_WEIGHTS[self.kind][0]}"
+            )
+        for kind in ("adapter", "full"):
+            if kind != self.kind and any((run / name).exists() for name in _WEIGHTS[kind]):
+                raise ValueError(f"{run} holds a model of another kind ({kind}): choose another --output_dir")
 
     def save(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """state: gathered tensors under the model's own names, where the model itself holds only shards."""

@@ -75,6 +75,8 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     with without_zero_init():
         base, processor, record = load_base(arguments)
     kind, model = make_trainable(base, model_args, args)
+    saver = RunSaver(kind, model, processor, record)
+    saver.check(Path(args.output_dir), resume)
     train_set = open_dataset(data_args.data_path or "", processor, arguments)
     eval_set = (
         open_dataset(data_args.eval_data_path, processor, arguments) if data_args.eval_data_path else None
@@ -83,7 +85,7 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
         say(arguments, describe(model, processor, arguments, samples=len(train_set)), resume)
     trainer = Trainer(
         base=base,
-        saver=RunSaver(kind, model, processor, record),
+        saver=saver,
         model=model,
         args=args,
         data_collator=Collator(processor.pad_token_id),
