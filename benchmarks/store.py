@@ -40,7 +40,7 @@ WORDS = [
 def write_file(path: Path, rows: int, seed: int) -> None:
     """Records of several lengths; escapes, braces and brackets stand in the texts."""
     rng = random.Random(seed)
-    answers = [" ".join(rng.choices(WORDS, k=rng.choice([1, 1, 5, 60, 150]))) for _ in range(2000)]
+    answers = [" ".join(rng.choices(WORDS, k=rng.choice([1, 5, 60, 100, 150]))) for _ in range(2000)]
     with path.open("w", encoding="utf-8") as file:
         file.write("[")
         for row in range(rows):

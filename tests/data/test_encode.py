@@ -201,7 +201,7 @@ words = st.lists(st.sampled_from(SPELLINGS), max_size=12).map("".join)
 
 
 @given(text=words)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_word_by_word_is_the_same(pieces: Pieces, text: str):
     table = by_words(pieces, pieces.names())
     assert isinstance(table, WordTable)

@@ -23,7 +23,7 @@ values = st.recursive(
     | tricky
     | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(tricky, inner, max_size=4),
-    max_leaves=12,
+    max_leaves=6,
 )
 layouts = st.fixed_dictionaries(
     {
@@ -45,7 +45,7 @@ def read(path: Path) -> list:
     around=st.tuples(st.sampled_from(["", " \n", "\ufeff"]), st.sampled_from(["", "\n", " \r\n"])),
     block=st.sampled_from([64, 128, 1 << 16]),
 )
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_array_gives_its_elements(tmp_path: Path, monkeypatch, rows, layout, around, block):
     monkeypatch.setattr(scanner, "BLOCK", block)
     path = tmp_path / "rows.json"
@@ -57,7 +57,7 @@ def test_any_json_array_gives_its_elements(tmp_path: Path, monkeypatch, rows, la
     rows=st.lists(st.dictionaries(tricky, values, min_size=1), min_size=1, max_size=6),
     ending=st.sampled_from(["", "\n", "\r\n", "\n\n \n"]),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_json_lines(tmp_path: Path, monkeypatch, rows, ending):
     monkeypatch.setattr(scanner, "BLOCK", 64)
     path = tmp_path / "rows.jsonl"
@@ -80,7 +80,7 @@ def test_runs_of_backslashes_across_words_and_blocks(
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_array_is_refused_or_its_row_is(tmp_path: Path, data):
     rows = data.draw(st.lists(st.dictionaries(tricky, values, max_size=3), min_size=1, max_size=5))
     text = json.dumps(rows)
