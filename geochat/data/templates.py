@@ -74,7 +74,7 @@ class Template:
         segments: list[Segment] = []
         for k, stretch in enumerate(self._marked_text(turns, add_generation_prompt).split(_OPEN)):
             inside, closed, outside = stretch.partition(_CLOSE) if k else ("", "", stretch)
-            if k and not closed:
+            if k and not closed:  # a {% break %} left the block
                 inside, outside = "", inside
             for text, supervised in ((inside, True), (outside, False)):
                 for number, part in enumerate(text.split(IMAGE_TOKEN)):
