@@ -2,10 +2,10 @@
 
     python -m geochat.data.verify FILE --image-folder DIR [--workers N] [--json REPORT.json]
 
-Every record is read as training reads it and every image is opened and decoded once. The report lists, by row
-(counted from 0; in JSON Lines without blank lines): records that are malformed, images that are missing, unreadable or truncated, wrong numbers of `<image>`, boxes out of
-grammar, and samples whose answers are all empty, which leave nothing to train on. Exit code 0: nothing found;
-1: problems found; 2: the check could not be made.
+Every record is read as training reads it and every image is opened and decoded once. The report lists, by row:
+records that are malformed, images that are missing, unreadable or truncated, wrong numbers of `<image>`, boxes out of
+grammar, and samples whose answers are all empty, which leave nothing to train on. Rows count from 0, and blank lines
+of a JSON Lines file are no rows. Exit code 0: nothing found; 1: problems found; 2: the check could not be made.
 """
 
 from __future__ import annotations
