@@ -38,10 +38,13 @@ from geochat.data.sample import IMAGE_TOKEN, Sample, Turn
 from geochat.data.synthetic import Scene, SceneObject
 from geochat.data.synthetic_tasks import Question, conversation
 from geochat.model.build import build_model
-from geochat.model.checkpoint import save_model
+from geochat.model.checkpoint import load, save_model
 
-LAYER, HEADS = 2, 2
-"""The layer that is told where to look, and how many of its heads."""
+LAYER = 2
+"""The layer that is told where to look. Any one of its heads will do, so that each may care for a part of an answer."""
+
+SHARP = 4.0
+"""How much the best head counts before the others (a soft maximum)."""
 
 Hint = tuple[int, list[int]]
 """A position in the sequence, and the patches to look at from there."""
@@ -153,11 +156,10 @@ class Watched:
         attention.k_proj.register_forward_hook(lambda _m, _i, out: setattr(self, "keys", out))
 
     def loss(self, hints: list[list[Hint]]) -> Tensor:
-        """−log of the attention that the watched heads give to the patches they should look at."""
+        """−log of the attention that the best of the heads give to the patches they should look at."""
         batch, length, _ = self.keys.shape
         q, k = (
-            part.view(batch, length, -1, self.width)[:, :, :HEADS].transpose(1, 2)
-            for part in (self.queries, self.keys)
+            part.view(batch, length, -1, self.width).transpose(1, 2) for part in (self.queries, self.keys)
         )
         cos, sin = self.rotary(q, torch.arange(length)[None])
         q, k = apply_rotary_pos_emb(q, k, cos, sin)
@@ -167,20 +169,24 @@ class Watched:
             if not told:
                 continue
             rows = torch.tensor([row for row, _ in told])
-            scores = q[b][:, rows] @ k[b].transpose(1, 2) / self.width**0.5  # [HEADS, rows, length]
+            scores = q[b][:, rows] @ k[b].transpose(1, 2) / self.width**0.5  # [heads, rows, length]
             scores = scores.masked_fill(columns[None, None] > rows[None, :, None], -torch.inf).log_softmax(-1)
             wanted = torch.full((len(told), length), -torch.inf)
             for r, (_, patches) in enumerate(told):
                 wanted[r, patches] = 0.0
-            total = total - torch.logsumexp(scores + wanted[None], -1).sum() / HEADS
+            looked = torch.logsumexp(
+                scores + wanted[None], -1
+            )  # [heads, rows]: log of the share that looks there
+            total = total - (torch.logsumexp(SHARP * looked, 0) / SHARP).sum()
             count += len(told)
         return total / max(count, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--llm", type=Path, required=True)
-    parser.add_argument("--tower", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="model folder to go on from, instead of the three parts")
+    parser.add_argument("--llm", type=Path)
+    parser.add_argument("--tower", type=Path)
     parser.add_argument("--projector", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("playground/runs/nano/scenes"))
@@ -196,7 +202,11 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    model, processor = build_model(args.llm, args.tower, args.projector, image_size=84)
+    if args.start:
+        model, processor = load(args.start, dtype=torch.float32)
+    else:
+        model, processor = build_model(args.llm, args.tower, args.projector, image_size=84)
+    model.train()
     model.model.vision_tower.requires_grad_(False)
     writer, watched = Writer(processor, args.turns), Watched(model)
     pixels, names, objects = scenes(args.cache, args.seed, args.scenes)
