@@ -286,7 +286,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         schedule.load_state_dict(saved["schedule"])
         first, spent = saved["step"], saved["seconds"]
     started, running = time.perf_counter() - spent, 0.0
-    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, desc="tower", mininterval=5):
+    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, desc="tower", disable=None):
         rng = np.random.default_rng([1, step])  # a resumed run draws what an uninterrupted one would
         torch.manual_seed(step)
         epoch, place = divmod(step * args.batch_size, len(scenes))
@@ -323,7 +323,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "seconds": round(time.perf_counter() - started),
     }
-    named = {"training": material}
+    some = Scenes(material.pixels[:1000], material.labels[:1000], material.beliefs[:1000], None)
+    named = {"training": some}
     if held_out:
         named["held_out"] = read(args.data, held_out, None, 0.0)
     if args.test:
