@@ -78,9 +78,15 @@ def test_aid_records_and_questions(scripts, data: Path, tmp_path: Path) -> None:
     from geochat.eval.score import judge, summarise
 
     output = tmp_path / "aid"
-    scripts("prepare").main(["aid", "--data", str(data), "--output", str(output), "--variants", "2"])
+    scripts("prepare").main(
+        ["aid", "--data", str(data), "--output", str(output), "--variants", "2", "--caption-share", "0"]
+    )
     records = json.loads((output / "train.json").read_text())
     assert len(records) == 12
+    asked = [
+        record["conversations"][0]["value"] for record in records if record["image"].startswith("crops/")
+    ]
+    assert all("class" in ask or "scene" in ask for ask in asked)  # this run wants no descriptions
     assert all((output / "images" / record["image"]).is_file() for record in records)
     benchmark = Benchmark.load("aid")
     questions = benchmark.read_questions(output / "questions.jsonl")

@@ -215,6 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--long-share", type=float, default=0.35, help="AID: records with GeoChat's own prompt"
     )
+    parser.add_argument("--caption-share", type=float, default=0.3, help="AID: crops asked for a description")
     parser.add_argument("--windows", type=int, default=6000, help="KIT: training windows")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -12,6 +12,7 @@
 #   PARTS        "aid kit", or one of them
 #   TEACHER      teacher.npz of an earlier run; "none" teaches the tower with labels alone
 #   TOWER_STEPS, LLM_STEPS, KIT_STEPS   length of the three trainings
+#   RECIPE       of AID's language model: "full" (default), or "lora" with the projector, merged afterwards
 #   BATCH        samples for each step of the two language-model trainings (default 16)
 #   WORKERS      loader processes (default 1)
 #   LIMIT        ask only the first questions of each benchmark
@@ -72,14 +73,21 @@ aid() {
     stage "$folder/base/config.json" "vision tower" env OMP_NUM_THREADS="${TOWER_THREADS:-$OMP_NUM_THREADS}" \
         python $HERE/adapt_tower.py --base "$BASE" --data "$DATA" --output "$folder/base" --test \
         --steps "${TOWER_STEPS:-1400}" $([ "$teacher" = none ] || echo --teacher "$teacher")
-    stage "$folder/run/adapter_model.safetensors" "AID: LoRA and projector" \
-        tune "$folder/base" "$folder" "${LLM_STEPS:-320}" --tune_mm_mlp_adapter True \
-        --lora_r 32 --lora_alpha 64 --lora_dropout 0 --learning_rate 1e-3 --mm_projector_lr 1e-3
-    stage "$folder/merged/config.json" "merge" python scripts/merge_lora_weights.py \
-        --model-path "$folder/run" --model-base "$folder/base" --save-model-path "$folder/merged"
+    local tuned="$folder/run"
+    if [ "${RECIPE:-full}" = lora ]; then
+        tuned="$folder/merged"
+        stage "$folder/run/adapter_model.safetensors" "AID: LoRA and projector" \
+            tune "$folder/base" "$folder" "${LLM_STEPS:-320}" --tune_mm_mlp_adapter True \
+            --lora_r 32 --lora_alpha 64 --lora_dropout 0 --learning_rate 1e-3
+        stage "$tuned/config.json" "merge" python scripts/merge_lora_weights.py \
+            --model-path "$folder/run" --model-base "$folder/base" --save-model-path "$tuned"
+    else
+        stage "$folder/run/config.json" "AID: language model and projector" \
+            tune "$folder/base" "$folder" "${LLM_STEPS:-320}" --lora_enable False --learning_rate 1e-3
+    fi
     local questions=(--questions "$folder/questions.jsonl" --image-folder "$folder/images")
     ask "$BASE" aid "$folder/eval/base" "${questions[@]}"
-    ask "$folder/merged" aid "$folder/eval/tuned" "${questions[@]}"
+    ask "$tuned" aid "$folder/eval/tuned" "${questions[@]}"
     stage "$folder/report/index.html" "pictures" python -m geochat.eval.report "$folder/eval/base" \
         "$folder/eval/tuned" --names base tuned --benchmark aid --image-folder "$folder/images" --output "$folder/report"
 }
