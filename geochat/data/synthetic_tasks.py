@@ -25,6 +25,7 @@ from tqdm import tqdm
 from geochat.data.boxes import BOX_PATTERN
 from geochat.data.sample import IMAGE_TOKEN, Sample, Turn
 from geochat.data.synthetic import KINDS, SCENES, Scene, SceneObject, draw_scene
+from geochat.errors import stop
 
 TEST_SEEDS = 1 << 40
 """Test scene i is drawn from seed TEST_SEEDS + i; training seeds stay below."""
@@ -319,15 +320,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=8, help="questions per training scene")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core)")
     args = parser.parse_args(argv)
-    write_dataset(
-        args.output,
-        args.train,
-        args.test,
-        seed=args.seed,
-        side=args.side,
-        turns=args.turns,
-        workers=args.workers,
-    )
+    try:
+        write_dataset(
+            args.output,
+            args.train,
+            args.test,
+            seed=args.seed,
+            side=args.side,
+            turns=args.turns,
+            workers=args.workers,
+        )
+    except (ValueError, OSError) as error:
+        stop(error)
     print(f"{args.output}: {args.train} training scenes, {args.test} test scenes")
 
 

@@ -26,6 +26,7 @@ from geochat.data.boxes import box_faults
 from geochat.data.images import open_image
 from geochat.data.sample import IMAGE_TOKEN, ImageCountError, Sample
 from geochat.data.store import InstructionStore
+from geochat.errors import stop
 
 KINDS = {
     "record": "malformed records",
@@ -172,8 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.json:
             _write_json(options.json, options.file, rows, problems)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        stop(error)
     print(report(options.file, rows, problems, options.show))
     return 1 if problems else 0
 

@@ -21,6 +21,7 @@ from PIL import Image
 from geochat.data.boxes import Box, parse_regions, without_boxes
 from geochat.data.draw import contact_sheet, draw_regions
 from geochat.data.images import open_image
+from geochat.errors import stop
 from geochat.eval import page
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.compare import Run, compare, score_bars
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(f"written: {arguments.output / 'index.html'}")
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        stop(error)
 
 
 def plural(boxes: int) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from geochat.chat.arguments import add_model_arguments, load_chat
 from geochat.chat.engine import Chat
+from geochat.errors import stop
 from geochat.eval.answers import ANSWERS, PARTIAL, ask, collect, resume
 from geochat.eval.benchmark import Benchmark, index_by_id
 from geochat.eval.files import Row, write_rows
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         scores = run(arguments)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
+        stop(error)
     print(table(scores))
     if scores["not_asked"]:
         print(

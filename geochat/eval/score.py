@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from geochat.errors import stop
 from geochat.eval.benchmark import Benchmark, index_by_id
 from geochat.eval.files import Row, read_rows, write_json, write_rows, write_text
 from geochat.eval.metrics import IOU_MODES, METRICS, IouMode, Question, Summary, bare
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.output:
             write_scores(arguments.output, scores, judged)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        stop(error)
     print(table(scores))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geochat.errors import stop
 from geochat.model.adapter import EXTRA, WEIGHTS, open_base
 from geochat.model.build import stored_dtype
 from geochat.model.canonical import canonical_key
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             vision_tower=args.vision_tower,
         )
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+        stop(error)
     print(f"merged model in {args.save_model_path}")
     if not math.isnan(gap):
         print(f"largest logit gap between adapter and merged model: {gap:.3g}")

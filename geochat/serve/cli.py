@@ -25,6 +25,7 @@ from geochat.chat.arguments import add_model_arguments, load_chat
 from geochat.chat.engine import Chat, Request
 from geochat.data.boxes import parse_boxes, parse_regions
 from geochat.data.draw import draw_regions
+from geochat.errors import stop
 from geochat.serve.pictures import check_writable, is_url, open_picture, pictures_in, save_picture
 
 HELP = "Ask about the picture. /image F shows another one, /new forgets the conversation, an empty line ends."
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(arguments)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        raise SystemExit(f"error: {printable(str(error))}") from None
+        stop(error)
 
 
 def _boxes(text: str) -> str:

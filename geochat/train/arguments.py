@@ -5,10 +5,14 @@ An existing LLaVA or GeoChat command line parses, see `geochat.train.legacy`.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -193,9 +197,29 @@ def accumulation_for(target: int | None, per_device: int, accumulation: int, pro
     return target // micro
 
 
+def _show_in_help(arguments: type) -> None:
+    """Give every field of a dataclass the text below it, and its default, as what `--help` says of the flag."""
+    (tree,) = ast.parse(inspect.getsource(arguments)).body
+    assert isinstance(tree, ast.ClassDef)
+    below = {
+        node.target.id: " ".join(text.value.value.split())
+        for node, text in pairwise(tree.body)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+    for entry in fields(arguments):
+        if entry.name in vars(arguments).get("__annotations__", {}):
+            said = below.get(entry.name, "").replace("`", "").replace("%", "%%")
+            entry.metadata = MappingProxyType({"help": f"{said} (default: %(default)s)".strip()})
+
+
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Raises: ValueError, with the flag's name, for a flag or value that cannot be used."""
     argv, notes = translate_legacy(argv)
+    for arguments in (ModelArguments, DataArguments, TrainingArguments):
+        _show_in_help(arguments)
     parser = transformers.HfArgumentParser(
         (ModelArguments, DataArguments, TrainingArguments),  # type: ignore[arg-type]
         prog="python -m geochat.train.train",

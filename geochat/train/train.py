@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 
 from geochat.data.store import InstructionStore
+from geochat.errors import stop
 from geochat.model.adapter import AdapterSpec, attach, trainable_groups
 from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
@@ -57,14 +58,14 @@ def main(argv: list[str] | None = None) -> None:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         trainer, resume = prepare(arguments)
     except (ValueError, OSError) as error:
-        _fail(error)
+        stop(error)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         with explained(Path(arguments[2].output_dir), "the final model"):
             trainer.save_model()
         report_bad_samples(trainer)
     except (BadSampleError, SaveError) as error:
-        _fail(error)
+        stop(error)
 
 
 def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
@@ -217,12 +218,6 @@ def report_bad_samples(trainer: Trainer) -> None:
         file = Path(args.output_dir) / "bad_samples.txt"
         file.write_text("\n".join(named) + "\n", encoding="utf-8")
         print(f"{len(named)} rows could not be used and were skipped, listed in {file}")
-
-
-def _fail(error: Exception) -> NoReturn:
-    reason = " ".join(str(error).split())
-    print(f"error: {reason}", file=sys.stderr, flush=True)
-    raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

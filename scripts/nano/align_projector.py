@@ -1,8 +1,8 @@
 """Teach the nano projector to say in the language model's own words what a patch shows: LLaVA's first stage, dense.
 
 Each patch's projected feature is drawn towards the sum of the embeddings of its object's class and colour, of its box
-numbers (each turned by its own fixed rotation, so that the five can be told apart), of the scene's name, and of a mark
-where the object's centre lies. The language model then meets pictures written in vectors that it shares with the text.
+numbers (each turned by its own fixed rotation, so that the five can be told apart), of how many objects of the class
+there are, of the scene's name, and of a mark where the object's centre lies. The language model then meets pictures written in vectors that it shares with the text.
 
     python scripts/nano/align_projector.py --llm DIR --tower DIR --output DIR/projector.safetensors
 """
@@ -45,6 +45,8 @@ class Dictionary:
         self.numbers = table[number_ids]
         self.turns = [torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0] for _ in range(5)]
         self.centre = torch.randn(hidden, generator=generator) * table.std()
+        self.digits = table[[encode(str(n))[-1] for n in range(10)]]
+        self.many = torch.linalg.qr(torch.randn(hidden, hidden, generator=generator))[0]
         words = lambda names: torch.stack([table[encode(f" {name}")].mean(0) for name in names])  # noqa: E731
         self.kinds, self.colours, self.scenes = words(KIND_NAMES), words(COLOUR_NAMES), words(SCENE_NAMES)
 
@@ -57,6 +59,8 @@ class Dictionary:
         total = self.kinds[(shown[..., 0].long() - 1).clamp(min=0)] + self.colours[shown[..., 1].long()]
         for turn, value in zip(self.turns, boxes(shown).round().clamp(0, 100).long().unbind(-1), strict=True):
             total = total + self.numbers[value] @ turn
+        alike = (objects[:, None, :, 0] == shown[..., 0, None]).sum(-1).clamp(max=9)  # [B, side²]
+        total = total + self.digits[alike] @ self.many
         return total * seen + 0.5 * self.scenes[names][:, None] + centre[..., None] * self.centre
 
 

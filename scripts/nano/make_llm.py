@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from geochat.data.boxes import BOX_PATTERN
 from geochat.data.sample import Turn
-from geochat.data.synthetic import draw_scene
+from geochat.data.synthetic import KINDS, draw_scene
 from geochat.data.synthetic_tasks import conversation
 from geochat.data.templates import TEMPLATES
 from geochat.model.tokenizer import write_tokenizer_files
@@ -51,7 +51,7 @@ def corpus() -> list[str]:
         for question in conversation(draw_scene(seed, side=96), rng, 8):
             lines += [question.text.replace("\n", " "), question.answer]
     for template in TEMPLATES.values():
-        lines += [template.render([Turn("user", "")]).replace("\n", " ")] * 100
+        lines += [template.render([Turn("user", "")], add_generation_prompt=True).replace("\n", " ")] * 400
     return [re.sub(BOX_PATTERN, " ", line) for line in lines if line.strip()]
 
 
@@ -116,6 +116,10 @@ def main() -> None:
     table = model.model.embed_tokens.weight.data
     ids = torch.tensor([model_piece(args.output / "tokenizer.model", f"<{n}>") for n in range(101)])
     table[ids] = number_embeddings(config.hidden_size, 0.02)
+    pieces = spm.SentencePieceProcessor(model_file=str(args.output / "tokenizer.model"))
+    for kind in KINDS:  # one and several are nearly the same word; the data would teach it, more slowly
+        one, several = (pieces.encode(text)[-1] for text in (kind, f"{kind}s"))
+        table[several] = table[one] + 0.3 * (table[several] - table[one])
     model.lm_head.weight.data.copy_(table)  # a word that is seen points at the same word that is said
     model.save_pretrained(args.output)
     print(json.dumps({"output": str(args.output), "pieces": VOCABULARY}))

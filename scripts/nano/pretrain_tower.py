@@ -3,7 +3,8 @@
 Every patch of an object learns to name its class and colour and to state the object's oriented box; every patch learns the
 scene and the counts. Batches alternate between three picture sizes, the position table resampled each time exactly as
 `geochat.model.vision` does it, so the finished tower bears being taken from 84 px to 126 px. Writes a CLIP folder that
-`geochat.model.build` takes as `--vision_tower`; the dense heads are thrown away.
+`geochat.model.build` takes as `--vision_tower`; the dense heads are thrown away. Under torchrun every process takes its
+part of each batch.
 
     python scripts/nano/pretrain_tower.py --output playground/runs/nano/tower
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import pickle
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -211,9 +214,29 @@ def evaluate(
     }
 
 
+def join() -> tuple[int, int]:
+    """(processes, this one's number): those that torchrun started, or one."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        dist.init_process_group("gloo")
+    return world, rank
+
+
+def share_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """Mean of the processes' gradients, as one message."""
+    if world == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, flat.div_(world).split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--initial", type=Path, help="tower folder to go on from, with new heads")
     parser.add_argument("--cache", type=Path, default=Path("playground/runs/nano/scenes"))
     parser.add_argument("--scenes", type=int, default=24000)
     parser.add_argument("--seed", type=int, default=100_000_000, help="seed of the first scene")
@@ -222,11 +245,17 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     args = parser.parse_args()
 
+    world, rank = join()
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng([0, rank])
+    if rank == 0:
+        scenes(args.cache, args.seed, args.scenes)
+        scenes(args.cache, args.seed - 1000, 300)
+    if world > 1:
+        dist.barrier()
     pixels, names, objects = scenes(args.cache, args.seed, args.scenes)
     held_out = scenes(args.cache, args.seed - 1000, 300)
-    tower = CLIPVisionModel(CONFIG)
+    tower = CLIPVisionModel.from_pretrained(args.initial).float() if args.initial else CLIPVisionModel(CONFIG)
     heads = Heads(CONFIG.hidden_size)
     parameters = [p for module in (tower, heads) for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.03, betas=(0.9, 0.98))
@@ -243,13 +272,21 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
         first = saved["step"]
-        rng = np.random.default_rng(first)
+        rng = np.random.default_rng([first, rank])
+    sizes = np.random.default_rng([first, 1])  # the same in every process, so that none waits for another
     started = time.time()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="tower", mininterval=10)
+    bar = tqdm(
+        range(first, args.steps),
+        initial=first,
+        total=args.steps,
+        desc="tower",
+        mininterval=10,
+        disable=rank > 0,
+    )
     running = 0.0
     for step in bar:
-        chosen = np.sort(rng.choice(len(names), args.batch_size, replace=False))
-        size = (84, 112, 126)[int(rng.choice(3, p=(0.55, 0.1, 0.35)))]
+        chosen = np.sort(rng.choice(len(names), args.batch_size // world, replace=False))
+        size = (84, 112, 126)[int(sizes.choice(3, p=(0.5, 0.1, 0.4)))]
         batch, labels = turned(
             prepare(pixels[chosen], size), torch.from_numpy(objects[chosen]), int(rng.integers(8))
         )
@@ -258,11 +295,12 @@ def main() -> None:
         loss = loss_of(heads(features(tower, batch)), torch.from_numpy(names[chosen]), labels, size // 14)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        share_gradients(parameters, world)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         running = 0.98 * running + 0.02 * loss.item()
-        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 == args.steps):
             scores = {size: evaluate(tower, heads, held_out, size) for size in (84, 126)}
             line = {
                 "step": step + 1,
@@ -278,6 +316,10 @@ def main() -> None:
                  "schedule": schedule.state_dict(), "step": step + 1}, state.with_suffix(".partial")
             )  # fmt: skip
             state.with_suffix(".partial").replace(state)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     weights = {
         f"vision_model.{k}": v.contiguous() for k, v in tower.state_dict().items() if "position_ids" not in k
     }

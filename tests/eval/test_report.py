@@ -148,7 +148,7 @@ def test_comparison_of_score_files(runs: list[Path], capsys: pytest.CaptureFixtu
         compare([first, Run("b", other | {"benchmark": "aid"}, {}, {})])
 
 
-def test_refusals(runs: list[Path], tmp_path: Path) -> None:
+def test_refusals(runs: list[Path], tmp_path: Path, refused) -> None:
     scores = tmp_path / "scores.json"
     write_json(scores, {"a": 1})
     wrong = read_json(runs[0] / "scores.json")
@@ -164,8 +164,7 @@ def test_refusals(runs: list[Path], tmp_path: Path) -> None:
             "image file not found",
         ),
     ):
-        with pytest.raises(SystemExit, match="^error: .*" + re.escape(message)):
-            main(arguments)
+        assert message in refused(main, arguments)
 
 
 def _rows(path: Path) -> list[dict]:

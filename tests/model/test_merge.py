@@ -190,7 +190,7 @@ def test_wrong_bases_and_adapters_are_refused(base: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "m").exists()
 
 
-def test_command_line(base: Path, tmp_path: Path, capsys) -> None:
+def test_command_line(base: Path, tmp_path: Path, capsys, refused) -> None:
     script = Path(__file__).resolve().parents[2] / "scripts/merge_lora_weights.py"
     spec = importlib.util.spec_from_file_location("merge_script", script)
     module = importlib.util.module_from_spec(spec)
@@ -204,6 +204,6 @@ def test_command_line(base: Path, tmp_path: Path, capsys) -> None:
     assert module.main([*arguments, "--no-probe", "--dtype", "bfloat16", "--model-base", str(base)]) == 0
     assert load(tmp_path / "m")[0].dtype == torch.bfloat16
     assert "gap" not in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: .*no adapter folder"):
-        module.main(["--model-path", str(tmp_path), "--save-model-path", str(tmp_path / "m")])
+    arguments = ["--model-path", str(tmp_path), "--save-model-path", str(tmp_path / "m")]
+    assert "no adapter folder" in refused(module.main, arguments)
     assert math.isnan(merge_adapter(tmp_path / "a", base, tmp_path / "m", probe=False))

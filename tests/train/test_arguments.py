@@ -97,3 +97,16 @@ def test_accumulation_keeps_the_global_batch(processes: int, per_device: int, st
 def test_missing_paths_are_named() -> None:
     with pytest.raises(ValueError, match="--data_path is missing"):
         parse_arguments(["--model_name_or_path", "m", "--output_dir", "o"])
+
+
+def test_help_says_what_every_flag_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--help"])
+    assert end.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "Instruction file, JSON or JSONL. (default: None)",
+        "Samples per optimizer step over all processes; the accumulation that reaches it is derived. (default: None)",
+        "as LLaVA and GeoChat do; token: over the step. (default: micro_batch)",
+    ):
+        assert text in told
