@@ -240,8 +240,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("playground/runs/nano/scenes"))
     parser.add_argument("--scenes", type=int, default=24000)
     parser.add_argument("--seed", type=int, default=100_000_000, help="seed of the first scene")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     args = parser.parse_args()
 
