@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import LlavaConfig
 
 from geochat.model.base import BaseRecord
-from geochat.model.build import build_model, read_parts
+from geochat.model.build import build_model
 from geochat.model.canonical import CANONICAL, canonical_key, rename
-from geochat.model.checkpoint import load, portable_config, read_checkpoint
+from geochat.model.checkpoint import load, portable_config
+from geochat.model.formats.adapters import EXTRA, WEIGHTS
 from geochat.model.processor import Processor
 from geochat.model.staging import staged
 from geochat.model.vision import freeze_tower
@@ -32,8 +33,6 @@ from geochat.model.weights import State, assert_same_keys, of_tensor, open_file,
 LLM_LINEARS = (
     r"(?:^|.*\.)language_model\.(?:.*\.)?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 )
-WEIGHTS = "adapter_model.safetensors"
-EXTRA = "non_lora_trainables.safetensors"
 _PROJECTOR = "multi_modal_projector"
 
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
@@ -191,19 +190,6 @@ def load_with_base(
     else:
         model, _ = load(record.model, image_size=processor.image_size, **options)
     return load_adapter(model, path), processor
-
-
-def open_base(
-    path: Path, base: Path | str | None, vision_tower: Path | str | None
-) -> tuple[LlavaConfig, State]:
-    """Configuration and unread weights of the base an adapter folder belongs to, at the adapter's image size."""
-    record = BaseRecord.read(path).moved_to(base, vision_tower)
-    size = adapter_image_size(path)
-    if record.vision_tower is None:
-        return read_checkpoint(record.model, size)[:2]
-    config = LlavaConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    layer = config.vision_feature_layer
-    return read_parts(record.model, record.vision_tower, image_size=size, feature_layer=layer)[:2]
 
 
 def adapter_image_size(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
 from geochat.data.sample import IMAGE_TOKEN
 from geochat.data.templates import get_template
 from geochat.model.canonical import instantiate
+from geochat.model.formats.internlm2 import Heads, from_internlm2
 from geochat.model.formats.llava import from_clip, from_llava
 from geochat.model.processor import PAD_TOKEN, Processor
 from geochat.model.projector import fresh_projector, read_projector
@@ -53,7 +55,10 @@ _LLAMA_FIELDS = [
     "attention_dropout",
     "pretraining_tp",
 ]
-_LLAMA_TYPES = ("llama", "llava", "llava_llama", "geochat", "vhm")
+_LLAMA_TYPES = ("llama", "llava", "llava_llama", "geochat", "vhm", "internlm", "internlm2")
+GEOCHAT_SIZE = 504
+"""GeoChat's resolution: no config.json says it, its code does."""
+_TOWER = "vision_tower."
 _EMBEDDINGS = "language_model.model.embed_tokens.weight"
 _HEAD = "language_model.lm_head.weight"
 _POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
@@ -61,10 +66,10 @@ _POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 
 def build_model(
     llm: Path | str,
-    vision_tower: Path | str,
+    vision_tower: Path | str | None = None,
     projector: Path | str | None = None,
     *,
-    image_size: int = 504,
+    image_size: int | None = 504,
     template: str = "vicuna_v1",
     dtype: torch.dtype | None = None,
     feature_layer: int | list[int] | None = None,
@@ -102,19 +107,22 @@ def build_model(
 
 def read_parts(
     llm: Path | str,
-    vision_tower: Path | str,
+    vision_tower: Path | str | None = None,
     projector: Path | str | None = None,
     *,
-    image_size: int = 504,
+    image_size: int | None = 504,
     template: str = "vicuna_v1",
     feature_layer: int | list[int] | None = None,
     seed: int = 0,
 ) -> tuple[LlavaConfig, State, Processor]:
     """Configuration, unread canonical weights and processor of the model that three folders make.
 
-    llm: a Llama folder, or one in LLaVA-1.5's original layout, whose projector is then used unless another is given
-        (a vision tower inside it is not: the original code replaces it by the CLIP folder too).
-    vision_tower: a CLIPVisionModel or CLIPModel folder; its position table is resampled to `image_size`.
+    llm: a Llama, InternLM or InternLM2 folder, or one in LLaVA's original layout (LLaVA-1.5, GeoChat, VHM), whose
+        projector is then used unless another is given.
+    vision_tower: a CLIPVisionModel or CLIPModel folder; its position table is resampled to `image_size`. It goes
+        before a tower inside the LLM folder, as in the original code. None: the tower inside, or the folder that
+        `mm_vision_tower` of config.json names, there or beside the LLM folder.
+    image_size: None: 504 for GeoChat, else the tower's own.
     projector: `mm_projector.bin`, a safetensors file, or a folder with either; None: LLaVA's own, or a fresh one.
     feature_layer: hidden state(s) of the tower that the projector sees; None: what the LLM folder says, else -2.
     seed: for a fresh projector only.
@@ -123,13 +131,16 @@ def read_parts(
     embeddings and of lm_head are the mean of the old ones: the same on every machine, and no new word stands out.
     Raises ValueError for a folder that is not what it should be, naming the file.
     """
-    llm, vision_tower = Path(llm), Path(vision_tower)
-    source = _read_config(llm)
+    llm = Path(llm)
+    source = read_config(llm)
     if source.get("model_type") not in _LLAMA_TYPES:
         raise ValueError(
             f"{llm}: is a {source.get('model_type')} model; a Llama-architecture folder is needed"
         )
-    state = from_llava(open_weights(llm), str(llm))
+    weights = open_weights(llm)
+    if source["model_type"] == "internlm2":
+        weights = from_internlm2(weights, Heads.of(source), str(llm))
+    state = from_llava(weights, str(llm))
     if _HEAD not in state and source.get("tie_word_embeddings"):
         state[_HEAD] = state[_EMBEDDINGS]
     tokenizer = load_tokenizer(llm)
@@ -139,12 +150,13 @@ def read_parts(
     image_id = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
     rows = -(-max(len(tokenizer), source["vocab_size"]) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
-    vision_config = _vision_config(vision_tower)
+    tower, vision_config = _tower(llm, source, state, vision_tower)
+    if image_size is None:
+        image_size = GEOCHAT_SIZE if source["model_type"] == "geochat" else vision_config.image_size
     side = grid_side(image_size, vision_config.patch_size)
     layer = feature_layer if feature_layer is not None else source.get("mm_vision_select_layer", -2)
-    text = {name: source[name] for name in _LLAMA_FIELDS if source.get(name) is not None} | {
-        "vocab_size": rows
-    }
+    text = {name: source[name] for name in _LLAMA_FIELDS if source.get(name) is not None}
+    text |= {"vocab_size": rows, "attention_bias": bool(source.get("attention_bias") or source.get("bias"))}
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=LlamaConfig(**text, tie_word_embeddings=False),
@@ -159,14 +171,11 @@ def read_parts(
         part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         part.pad_token_id = tokenizer.pad_token_id
 
-    state = {key: entry for key, entry in state.items() if not key.startswith("vision_tower.")}
+    state = {key: entry for key, entry in state.items() if not key.startswith(_TOWER)} | tower
     for key in (_EMBEDDINGS, _HEAD):
         if key not in state:
             raise ValueError(f"{llm}: has no {key}")
         state[key] = _with_rows(state[key], rows, known)
-    state |= from_clip(open_weights(vision_tower), str(vision_tower))
-    if _POSITIONS not in state:
-        raise ValueError(f"{vision_tower}: has no position table; is it a CLIP vision folder?")
     table = state[_POSITIONS].to(torch.float32)  # resampled before it is rounded
     state[_POSITIONS] = table.map(
         lambda rows_: resample_positions(rows_, side), (1 + side * side, vision_config.hidden_size)
@@ -227,16 +236,69 @@ def _with_rows(entry: Entry, rows: int, known: int) -> Entry:
     return entry.map(grow, (rows, entry.shape[1]))
 
 
+def _tower(
+    llm: Path, source: dict[str, Any], state: State, given: Path | str | None
+) -> tuple[State, CLIPVisionConfig]:
+    """The tower's tensors under canonical names, and its configuration: from the folder given, from inside the LLM
+    folder, or from the folder that config.json names."""
+    inside = {key: entry for key, entry in state.items() if key.startswith(_TOWER)}
+    folder = Path(given) if given is not None else local_folder(llm, source.get("mm_vision_tower"))
+    if given is not None or (folder is not None and not inside):
+        assert folder is not None
+        config = _vision_config(folder)
+        tower = from_clip(open_weights(folder), str(folder))
+        if _POSITIONS not in tower:
+            raise ValueError(f"{folder}: has no position table; is it a CLIP vision folder?")
+        return tower, config
+    if not inside:
+        named = source.get("mm_vision_tower")
+        said = (
+            f"names the vision tower {named}, which is not on this disk" if named else "has no vision tower"
+        )
+        raise ValueError(f"{llm}: {said}; give its CLIP folder with --vision-tower")
+    return inside, _vision_config(folder) if folder else clip_config(inside, str(llm))
+
+
+def local_folder(beside: Path, named: str | None) -> Path | None:
+    """The folder that a configuration names, where it is on this disk: as it stands, in the folder `beside`, or next
+    to it; None when it is not there."""
+    if not named:
+        return None
+    places = (Path(named), beside / named, beside.parent / named, beside.parent / Path(named).name)
+    return next((place for place in places if (place / "config.json").is_file()), None)
+
+
+def clip_config(tower: State, where: str) -> CLIPVisionConfig:
+    """The configuration of a tower that came without one, from its shapes. Heads are 64 wide, as in every CLIP."""
+    stem = f"{_TOWER}vision_model."
+    try:
+        patches = tower[f"{stem}embeddings.patch_embedding.weight"].shape  # [hidden, 3, patch, patch]
+        rows = tower[_POSITIONS].shape[0]
+        wide = tower[f"{stem}encoder.layers.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{where}: the vision tower inside has no {error.args[0]}") from None
+    layers = {int(key.split(".layers.")[1].split(".")[0]) for key in tower if ".layers." in key}
+    return CLIPVisionConfig(
+        hidden_size=patches[0], intermediate_size=wide, num_hidden_layers=len(layers),
+        num_attention_heads=max(1, patches[0] // 64), patch_size=patches[-1],
+        image_size=math.isqrt(rows - 1) * patches[-1], hidden_act="quick_gelu",
+    )  # fmt: skip
+
+
 def _vision_config(folder: Path) -> CLIPVisionConfig:
-    source = _read_config(folder)
+    source = read_config(folder)
     if source.get("model_type") not in ("clip", "clip_vision_model"):
         raise ValueError(f"{folder}: is a {source.get('model_type')} model; a CLIP folder is needed")
     return CLIPVisionConfig(**source.get("vision_config", source))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder. Raises ValueError when there is none, or when it is damaged."""
     file = folder / "config.json"
     if not file.exists():
-        raise ValueError(f"{folder}: no config.json there")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        raise ValueError(f"{folder}: no checkpoint there (no config.json)")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error})") from None
     return config

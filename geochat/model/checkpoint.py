@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from geochat.model.build import build_model, generation_config, stored_dtype
+from geochat.model.build import generation_config, read_config, stored_dtype
 from geochat.model.canonical import (
     CANONICAL,
     canonical_state,
@@ -65,10 +65,11 @@ def load(
 ) -> tuple[Any, Processor]:
     """Model (in eval mode) and processor of a folder; what the folder is, is read from its files.
 
-    path: a canonical folder, an adapter folder (it has adapter_config.json; the model returned is then PEFT's), or
-        with `vision_tower` an LLM folder in LLaVA-1.5's layout.
+    path: a folder of any layout that `geochat.model.open` knows. An adapter of this project comes back as PEFT's
+        model on its base; other programs' adapters come back merged.
     base: for an adapter, the base model where it is not the one the adapter names.
-    image_size: resample the position table when the file has another; None: as in the file.
+    vision_tower: CLIP folder of a model that does not hold its tower.
+    image_size: resample the position table when the file has another; None: as in the file, 504 for GeoChat's own.
     dtype: None: as stored. device: "cpu", "cuda", "cuda:1", … or "auto".
     quantization: None, "4bit" or "8bit" (language model only).
     Raises ValueError: unreadable or unknown folder, tensors missing or left over, an adapter on the wrong base.
@@ -82,13 +83,13 @@ def load(
     }
     if path.is_dir():
         recover(path)
-    if (path / "adapter_config.json").exists():
+    if (path / "geochat_base.json").exists():
         from geochat.model.adapter import load_with_base
 
         return load_with_base(path, base, image_size=image_size, vision_tower=vision_tower, **options)
-    if vision_tower is not None:
-        return build_model(path, vision_tower, image_size=image_size or 504, **options)
-    config, state, processor = read_checkpoint(path, image_size)
+    from geochat.model.open import open_model
+
+    config, state, processor = open_model(path, base=base, vision_tower=vision_tower, image_size=image_size)
     model = instantiate(config, state, str(path), **{**options, "dtype": dtype or stored_dtype(config)})
     model.generation_config = _read_generation_config(path, config, processor)
     return model, processor
@@ -96,10 +97,7 @@ def load(
 
 def read_checkpoint(path: Path, image_size: int | None = None) -> tuple[LlavaConfig, State, Processor]:
     """Configuration, unread canonical weights and processor of a canonical folder, at `image_size` if given."""
-    source = _read_config(path)
-    if source.get("model_type") != "llava" or "text_config" not in source:
-        hint = "give its CLIP folder with vision_tower" if "mm_vision_tower" in source else "build it first"
-        raise ValueError(f"{path}: not a canonical Llava folder ({source.get('model_type')}); {hint}")
+    source = read_config(path)
     config = LlavaConfig.from_dict(source)
     state = canonical_state(open_weights(path))
     if _HEAD not in state and _EMBEDDINGS in state:
@@ -209,14 +207,6 @@ def _read_generation_config(path: Path, config: LlavaConfig, processor: Processo
     if (path / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(str(path), local_files_only=True)
     return generation_config(config, processor)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.exists():
-        raise ValueError(f"{folder}: no checkpoint there (neither config.json nor adapter_config.json)")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
 
 
 def _write_json(file: Path, value: Any) -> None:

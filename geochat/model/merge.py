@@ -9,10 +9,7 @@ One tensor of the base is in memory at a time, so a 7B model merges in a few gig
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +17,14 @@ import torch
 from torch import Tensor
 
 from geochat.errors import stop
-from geochat.model.adapter import EXTRA, WEIGHTS, open_base
 from geochat.model.build import stored_dtype
-from geochat.model.canonical import canonical_key
 from geochat.model.checkpoint import load, write_checkpoint
+from geochat.model.open import open_model
 from geochat.model.processor import Processor
 from geochat.model.staging import recover
-from geochat.model.weights import MAX_SHARD_BYTES, Entry, State, open_file
+from geochat.model.weights import MAX_SHARD_BYTES
 
-_LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?$")
 _PROBE_TOKENS = 24
-
-
-@dataclass(frozen=True)
-class _Update:
-    """One layer's LoRA or DoRA, still on disk."""
-
-    a: Entry  # [r, in]
-    b: Entry  # [out, r]
-    magnitude: Entry | None  # [out]; DoRA only
-    scale: float
-
-    def apply(self, weight: Tensor) -> Tensor:
-        """W + s·B·A, for DoRA (arXiv 2402.09353) m · (W + s·B·A) / ‖W + s·B·A‖ by rows; float32 until the end."""
-        merged = (self.b.read().float() @ self.a.read().float()).mul_(self.scale).add_(weight)
-        if self.magnitude is not None:
-            norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
-            merged *= self.magnitude.read().float().reshape(-1, 1) / norm
-        return merged
 
 
 def merge_adapter(
@@ -73,28 +50,10 @@ def merge_adapter(
     if output.absolute() == adapter.absolute():
         raise ValueError(f"{output}: is the adapter itself; name another folder for the merged model")
     recover(adapter)
-    config, state = open_base(adapter, base, vision_tower)
-    state = merged_state(state, adapter)
+    config, state, processor = open_model(adapter, base=base, vision_tower=vision_tower)
     dtype = dtype or stored_dtype(config)
-    processor = Processor.load(adapter)
     write_checkpoint(output, config, state, processor, dtype=dtype, max_shard_bytes=max_shard_bytes)
     return logit_gap(adapter, output, base, vision_tower, dtype) if probe else math.nan
-
-
-def merged_state(state: State, adapter: Path) -> State:
-    """The base's table with the adapter's updates and replacements applied when a tensor is read."""
-    updates, replaced = _read_adapter(adapter)
-    merged = dict(state)
-    for key, entry in replaced.items():
-        _check(key in state and state[key].shape == entry.shape, adapter, key, state)
-        merged[key] = entry
-    for key, update in updates.items():
-        shape = (update.b.shape[0], update.a.shape[1])
-        fits = update.magnitude is None or math.prod(update.magnitude.shape) == shape[0]
-        _check(key in state and state[key].shape == shape and fits, adapter, key, state)
-        # Stated as float32: the writer rounds to the target dtype, once.
-        merged[key] = state[key].map(update.apply, dtype=torch.float32)
-    return merged
 
 
 def logit_gap(
@@ -129,51 +88,6 @@ def _probe(model: Any, processor: Processor, device: str) -> list[Tensor]:
         )
         read = model(input_ids=text.to(device), logits_to_keep=_PROBE_TOKENS)
     return [seen.logits.float().cpu(), read.logits.float().cpu()]
-
-
-def _read_adapter(folder: Path) -> tuple[dict[str, _Update], State]:
-    """Canonical key -> update, and canonical key -> replacement, of an adapter folder."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    unsupported = [name for name in ("alpha_pattern", "rank_pattern", "fan_in_fan_out") if config.get(name)]
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{folder}: cannot merge peft_type {config.get('peft_type')} with {unsupported or 'bias'}"
-        )
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    file = folder / WEIGHTS
-    layers: dict[str, dict[str, Entry]] = {}
-    replaced: State = {}
-    for name, entry in open_file(file if file.exists() else folder / "adapter_model.bin").items():
-        if match := _LORA.fullmatch(name):
-            layers.setdefault(_base_key(match[1] + ".weight"), {})[match[2]] = entry
-        else:
-            replaced[_base_key(name)] = entry
-    updates = {}
-    for key, parts in layers.items():
-        missing = {"lora_A", "lora_B"} - parts.keys()
-        if config.get("use_dora"):
-            missing |= {"lora_magnitude_vector"} - parts.keys()
-        if missing:
-            raise ValueError(f"{folder}: {key} has no {', '.join(sorted(missing))}")
-        if parts["lora_A"].shape[0] != rank or parts["lora_B"].shape[1] != rank:
-            raise ValueError(
-                f"{folder}: {key} has rank {parts['lora_A'].shape[0]}, adapter_config.json says {rank}"
-            )
-        updates[key] = _Update(parts["lora_A"], parts["lora_B"], parts.get("lora_magnitude_vector"), scale)
-    if (folder / EXTRA).exists():
-        replaced |= open_file(folder / EXTRA)
-    return updates, replaced
-
-
-def _base_key(name: str) -> str:
-    return canonical_key(name.removeprefix("base_model.model."))
-
-
-def _check(fits: bool, adapter: Path, key: str, state: State) -> None:
-    if not fits:
-        own = f"has it as {list(state[key].shape)}" if key in state else "has no such tensor"
-        raise ValueError(f"{adapter}: its {key} does not fit this base, which {own}; is it the right base?")
 
 
 def main(argv: list[str] | None = None) -> int:

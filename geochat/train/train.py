@@ -125,8 +125,6 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             args.notes.append(f"--vision_tower is not used: {folder} holds its tower")
             tower = None
     else:
-        if tower is None:
-            raise ValueError(f"{folder} holds no vision tower: name a CLIP folder with --vision_tower")
         model, processor = build_model(
             folder,
             tower,

@@ -31,5 +31,5 @@ train() {
     python $HERE/align_projector.py --llm "$OUT/llm" --tower "$OUT/tower" --output "$OUT/projector.safetensors" \
         --cache "$OUT/scenes"
 train $HERE/train_llm.py --llm "$OUT/llm" --tower "$OUT/tower" --projector "$OUT/projector.safetensors" \
-    --output "$OUT/full" --steps "${LLM_STEPS:-5400}"
+    --output "$OUT/full" --steps "${LLM_STEPS:-4400}"
 python $HERE/keep.py "$OUT/full/model" "$TARGET"

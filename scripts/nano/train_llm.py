@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("playground/runs/nano/scenes"))
     parser.add_argument("--scenes", type=int, default=24000)
     parser.add_argument("--seed", type=int, default=100_000_000)
-    parser.add_argument("--steps", type=int, default=5400)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--batch-size", type=int, default=16, help="of all processes together")
     parser.add_argument("--turns", type=int, default=6, help="most questions in a conversation")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

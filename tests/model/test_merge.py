@@ -1,22 +1,20 @@
 """Merging: equal to PEFT's, equal after a reload, rounded once, and refused on a wrong base."""
 
 import importlib.util
-import json
 import math
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from geochat.model import merge
 from geochat.model.adapter import AdapterSpec, BaseRecord, attach, save_adapter, trainable_groups
 from geochat.model.build import build_model
 from geochat.model.checkpoint import load, save_model
-from geochat.model.merge import merge_adapter, merged_state
-from geochat.model.weights import open_file, open_weights
+from geochat.model.formats.adapters import read_adapter
+from geochat.model.merge import merge_adapter
+from geochat.model.weights import open_weights
 
 SPECS = {
     "lora": AdapterSpec(r=4, alpha=8),
@@ -113,45 +111,6 @@ def test_base_from_parts(tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(logits(merged, 126), logits(adapted, 126), atol=1e-5, rtol=0)
 
 
-def golden_layers(assets: Path, folder: str, llm: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Merged weights of a golden adapter in the original layout, and the expected checksums."""
-    golden = assets / "golden"
-    base = open_weights(golden / llm)
-    tensors = open_file(golden / folder / "adapter_model.bin")
-    config = json.loads((golden / folder / "adapter_config.json").read_text())
-    magnitudes = {}
-    if folder == "dora":
-        extra = open_file(golden / folder / "non_lora_trainables.bin")
-        magnitudes = {
-            key.split(".weight_m")[0]: value for key, value in extra.items() if "weight_m_wdecomp" in key
-        }
-    merged = {}
-    for name, entry in tensors.items():
-        if name.endswith("lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            update = merge._Update(
-                entry,
-                tensors[f"{layer}.lora_B.weight"],
-                magnitudes.get(layer),
-                config["lora_alpha"] / config["r"],
-            )
-            key = layer.removeprefix("base_model.model.") + ".weight"
-            merged[key] = update.apply(base[key].read())
-    return merged, json.loads((golden / f"expected/{folder}/merged_checksums.json").read_text())
-
-
-@pytest.mark.parametrize(("folder", "llm"), [("lora", "geochat_tiny"), ("dora", "llava_tiny")])
-def test_golden_merged_checksums(assets: Path, folder: str, llm: str) -> None:
-    merged, expected = golden_layers(assets, folder, llm)
-    linears = {key: row for key, row in expected.items() if key in merged}
-    assert len(linears) == 14
-    for key, row in linears.items():
-        flat = merged[key].double().numpy().reshape(-1)
-        assert flat.sum() == pytest.approx(row["sum"], abs=1e-4)
-        assert np.linalg.norm(flat) == pytest.approx(row["l2"], abs=1e-4)
-        assert flat @ np.cos(np.arange(flat.size)) == pytest.approx(row["cos_dot"], abs=1e-4)
-
-
 def test_one_tensor_at_a_time(base: Path, tmp_path: Path) -> None:
     """Nothing is read before it is written: the merged table only describes."""
     make_adapter(*load(base), tmp_path / "a", SPECS["dora, projector"], BaseRecord.of(base))
@@ -159,7 +118,7 @@ def test_one_tensor_at_a_time(base: Path, tmp_path: Path) -> None:
     read: list[str] = []
     for key, entry in state.items():
         state[key] = entry.map(lambda tensor, key=key: read.append(key) or tensor)
-    merged = merged_state(state, tmp_path / "a")
+    merged = read_adapter(tmp_path / "a").applied(state)
     assert read == []
     merged["language_model.lm_head.weight"].read()
     assert read == ["language_model.lm_head.weight"]

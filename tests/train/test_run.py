@@ -191,7 +191,7 @@ def test_what_cannot_be_is_said_in_one_line(flags, tiny_llm: Path, tmp_path: Pat
     assert "unknown" in error("--version", "no_such_template")
     assert "cannot be reached" in error("--global_batch_size", "3")
     assert "no such folder" in error("--model_name_or_path", str(tmp_path / "absent"))
-    assert "--vision_tower" in error("--model_name_or_path", str(tiny_llm))
+    assert "--vision-tower" in error("--model_name_or_path", str(tiny_llm))
     assert "no such file" in error("--data_path", str(tmp_path / "absent.json"))
     assert "no such folder" in error("--image_folder", str(tmp_path / "absent"))
     assert "patch size" in error("--image_size", "100")
