@@ -5,10 +5,11 @@
 #   DATA          instruction file, JSON or JSONL                                                   required
 #   IMAGES        folder of its images                                                              required
 #   OUTPUT        folder of the run                                                                 required
-#   VISION_TOWER  CLIP folder; needed when MODEL holds no tower
+#   VISION_TOWER  CLIP folder; needed when MODEL neither holds its tower nor names one on this disk
 #   PROJECTOR     projector file that replaces the model's own
-#   GPUS          processes on this machine (default: its GPUs, or 1)
-#   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines: start the script on each of them
+#   GPUS          processes on this machine (default: those of CUDA_VISIBLE_DEVICES, else its GPUs, or 1)
+#   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines: start the script on each of them; OUTPUT must be
+#                 a folder that all of them share
 #   GLOBAL_BATCH  samples per optimizer step over all GPUs (default: the recipe's)
 #   MICRO_BATCH   most samples per GPU at once (default 16); accumulation makes up the rest
 #   LAUNCHER      torchrun (default), deepspeed, or python (one process)
@@ -40,6 +41,17 @@ micro_batch() {  # GLOBAL PROCESSES MOST
     echo "$size"
 }
 
+# Processes to start here: one for each GPU that may be used.
+count_gpus() {
+    local gpus
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c .)"
+    else
+        gpus="$({ nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true)"
+    fi
+    echo "$((gpus > 0 ? gpus : 1))"
+}
+
 launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
     local global="${GLOBAL_BATCH:-$1}" zero="${ZERO:-$2}" gpus nodes micro
     shift 2
@@ -49,9 +61,10 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
     [ -n "${OUTPUT:-}" ] || fail "OUTPUT is not set: folder of the run. Example: OUTPUT=runs/first bash $0"
     [ -z "${VISION_TOWER:-}" ] || need VISION_TOWER d "CLIP folder"
     [ -z "${PROJECTOR:-}" ] || need PROJECTOR f "projector file"
-    gpus="${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
-    [ "$gpus" -gt 0 ] || gpus=1
+    gpus="${GPUS:-$(count_gpus)}"
     nodes="${NODES:-1}"
+    [ "$nodes" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$nodes: MASTER_ADDR is not set: address of the first machine"
+    [ "$nodes" = 1 ] || [ -n "${NODE_RANK:-}" ] || fail "NODES=$nodes: NODE_RANK is not set: number of this machine, from 0"
     micro="$(micro_batch "$global" "$((gpus * nodes))" "${MICRO_BATCH:-16}")" || exit 2
 
     local -a start flags
@@ -62,9 +75,15 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
                 -m geochat.train.train) ;;
         deepspeed)
             [ "$nodes" = 1 ] || fail "LAUNCHER=deepspeed starts one machine only: use torchrun for $nodes"
-            start=(deepspeed --num_gpus "$gpus" --master_port "${MASTER_PORT:-29500}" --module geochat.train.train) ;;
+            # Its launcher would ignore CUDA_VISIBLE_DEVICES beside a number of GPUs.
+            local which=(--num_gpus "$gpus")
+            [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || which=(--include "localhost:$CUDA_VISIBLE_DEVICES")
+            start=(env -u CUDA_VISIBLE_DEVICES deepspeed "${which[@]}" --master_port "${MASTER_PORT:-29500}"
+                --module geochat.train.train) ;;
         python)
             [ "$((gpus * nodes))" = 1 ] || fail "LAUNCHER=python starts one process: set GPUS=1"
+            export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1  # DeepSpeed would look for MPI without them
+            export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-29500}"
             start=(python -m geochat.train.train) ;;
         *) fail "LAUNCHER=$LAUNCHER: choose torchrun, deepspeed or python" ;;
     esac

@@ -21,6 +21,12 @@ step() {
     echo "== [$((SECONDS - started)) s] $*"
 }
 
+if [ -d "$OUT" ] && [ -n "$(ls -A "$OUT")" ] && [ ! -f "$OUT/.quickstart" ]; then
+    echo "error: OUT=$OUT is not empty and no earlier quickstart's folder: name another one" >&2
+    exit 2
+fi
+mkdir -p "$OUT"
+touch "$OUT/.quickstart"
 rm -rf "$OUT"/{data,adapter,merged,scores-base,scores-merged,report,answer.png}
 
 step "1/7 draw aerial scenes with exact labels: $OUT/data"

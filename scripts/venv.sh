@@ -22,6 +22,10 @@ geochat_venv() {
             echo "error: no Python 3.11 or newer found; name one: PYTHON=/path/to/python3.11 bash $0" >&2
             return 2
         fi
+        if [ -e "$venv" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+            echo "error: $venv is there, but is no environment (no bin/python); name another GEOCHAT_VENV" >&2
+            return 2
+        fi
         echo "creating $venv with $("$python" --version)"
         if ! "$python" -m venv "$venv"; then
             rm -rf "$venv"

@@ -83,10 +83,15 @@ def test_aid_records_and_questions(scripts, data: Path, tmp_path: Path) -> None:
     )
     records = json.loads((output / "train.json").read_text())
     assert len(records) == 12
-    asked = [
-        record["conversations"][0]["value"] for record in records if record["image"].startswith("crops/")
-    ]
-    assert all("class" in ask or "scene" in ask for ask in asked)  # this run wants no descriptions
+    classes = {record["conversations"][1]["value"] for record in records}
+    assert "A pond is here." not in classes  # this run wants no descriptions
+    scripts("prepare").main(
+        ["aid", "--data", str(data), "--output", str(tmp_path / "said"), "--caption-share", "1"]
+    )
+    described = json.loads((tmp_path / "said/train.json").read_text())
+    for record in described:
+        answer = record["conversations"][1]["value"]
+        assert (answer == "A pond is here.") == record["image"].startswith("crops/")
     assert all((output / "images" / record["image"]).is_file() for record in records)
     benchmark = Benchmark.load("aid")
     questions = benchmark.read_questions(output / "questions.jsonl")

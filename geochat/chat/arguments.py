@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from geochat.chat.engine import Chat
+from geochat.data.templates import get_template
+
+
+def template_name(text: str) -> str:
+    """Argument type: a chat template that exists."""
+    try:
+        return get_template(text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def number(least: float, most: float = math.inf, whole: bool = False) -> Callable[[str], float]:
+    """Argument type: a number from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        value = int(text) if whole else float(text)  # their ValueError becomes argparse's own line
+        if not least <= value <= most:
+            bound = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
+        return value
+
+    parse.__name__ = "whole number" if whole else "number"
+    return parse
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", type=Path, required=True, help="merged or adapter folder")
     parser.add_argument("--model-base", type=Path, help="base of an adapter, where not the recorded one")
     parser.add_argument("--vision-tower", type=Path, help="CLIP folder, where the model folder has none")
-    parser.add_argument("--conv-mode", help="chat template; default: the checkpoint's")
+    parser.add_argument("--conv-mode", type=template_name, help="chat template; default: the checkpoint's")
     parser.add_argument("--image-mode", choices=("pad", "crop"), help="default: the checkpoint's")
     parser.add_argument(
         "--image-size", type=int, help="default: the checkpoint's; else the table is resampled"

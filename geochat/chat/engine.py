@@ -115,12 +115,22 @@ class Chat:
 
     def answer_each(self, requests: Sequence[Request], **options: Any) -> list[Answer | ValueError]:
         """As `answer`, but a request that cannot be asked gives its error and does not stop the others."""
-        try:
-            return list(self.answer(requests, **options))
-        except ValueError as error:
-            if len(requests) == 1:
-                return [ValueError(str(error).removeprefix("request 0: "))]
-        return [result for request in requests for result in self.answer_each([request], **options)]
+        results: dict[int, Answer | ValueError] = {}
+        sound: list[int] = []
+        readable: set[str] = set()
+        for i, request in enumerate(requests):
+            try:
+                pictures: dict[str, Picture] = {}
+                self._prepare(0, request, options.get("max_new_tokens", 256), pictures)
+                for key in pictures.keys() - readable - self._features.keys():
+                    open_image(pictures[key])
+                readable |= pictures.keys()
+                sound.append(i)
+            except ValueError as error:
+                results[i] = ValueError(str(error).removeprefix("request 0: "))
+        answers = self.answer([requests[i] for i in sound], **options) if sound else []
+        results.update(zip(sound, answers, strict=True))
+        return [results[i] for i in range(len(requests))]
 
     def stream(
         self, request: Request, *, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0

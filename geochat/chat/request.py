@@ -43,7 +43,8 @@ class Prompt:
 def picture_key(picture: Picture) -> str:
     """Equal for equal pictures: a file by its path, time and size, a picture in memory by its pixels."""
     if isinstance(picture, Image.Image):
-        return hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()
+        seen = picture.convert("RGB")  # a palette's indices alone would not tell its colours
+        return hashlib.sha256(repr(seen.size).encode() + seen.tobytes()).hexdigest()
     try:
         status = Path(picture).stat()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -39,7 +40,7 @@ def draw_regions(
         min_side: a smaller picture is enlarged to this shorter side first, so that labels stay readable.
     """
     canvas = image.convert("RGB")
-    scale = max(1, round(min_side / max(1, min(canvas.size))))
+    scale = max(1, math.ceil(min_side / max(1, min(canvas.size))))
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     stroke = max(2, round(min(canvas.size) / 220))
     font = _font(max(12, round(min(canvas.size) / 34)))
@@ -135,7 +136,8 @@ def _label(
 ) -> None:
     """Write the phrase on a plate beside the box: above, below, or inside, whichever is free and in the picture."""
     pad = 4
-    text = _wrap(text, font, max(40, size[0] // 2))[0]
+    first, *more = _wrap(text, font, max(40, size[0] // 2))
+    text = f"{first} …" if more else first
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 2 * pad, bottom - top + 2 * pad
     xs, ys = [x for x, _ in corners], [y for _, y in corners]

@@ -36,19 +36,24 @@ def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
         raise ValueError(f"{name}: {'the file is empty' if empty else 'not an image file'}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: refused, {error}") from None
-    except (OSError, SyntaxError, EOFError, IndexError, OverflowError) as error:
-        # Pillow's decoders raise all of these on damaged files ("image file is truncated", "broken PNG file").
+    except _Refused as error:
+        raise ValueError(str(error)) from None
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise a dozen types on damaged files, RuntimeError among them
         raise ValueError(f"{name}: cannot be read as an image: {error}") from None
+
+
+class _Refused(ValueError):
+    """A picture that could be read, but is not wanted; the message names it already."""
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: refused, {width} x {height} pixels is above {MAX_PIXELS}")
+        raise _Refused(f"{name}: refused, {width} x {height} pixels is above {MAX_PIXELS}")
     if image.mode.startswith(_DEEP_MODES):
-        raise ValueError(
-            f"{name}: mode {image.mode} has more than 8 bits per sample; convert it to 8-bit RGB"
-        )
+        raise _Refused(f"{name}: mode {image.mode} has more than 8 bits per sample; convert it to 8-bit RGB")
     image.load()
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     if rgb is image:

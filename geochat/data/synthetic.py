@@ -1,7 +1,7 @@
 """Procedural aerial scenes with exact labels: the data set that needs no download.
 
 Objects are drawn at twice their final size and reduced, on textured ground, with shadows, lighting and sensor noise. Every
-object knows its class, colour, size and oriented box. `python -m geochat.data.synthetic --help` writes a whole data set:
+object knows its class, colour, size and oriented box. `python -m geochat.data.synthetic_tasks` writes a whole data set:
 pictures, an instruction file for training and a question file for evaluation.
 """
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from geochat.data.boxes import Box
 
 LAND, WATER, PAVED = 0, 1, 2
+_ZONES = 48  # cells along a side in which the ground is looked up
 PALETTE: dict[str, tuple[int, int, int]] = {
     "white": (236, 236, 232),
     "gray": (134, 137, 140),
@@ -262,8 +263,8 @@ class _Canvas:
             mown = (np.sin(along * rng.uniform(50, 80)) > 0) & (np.abs(across) < 0.4)
             self.paint(mown, (96, 164, 84), 5, 40)
         zones = np.where(water, WATER, np.where(paved, PAVED, LAND)).astype(np.uint8)
-        step = side // 48
-        return zones[step // 2 :: step, step // 2 :: step][:48, :48]
+        cells = ((np.arange(_ZONES) + 0.5) * side / _ZONES).astype(int)
+        return zones[np.ix_(cells, cells)]
 
     def stripe(self, turn: float, offset: float) -> None:
         """The dashed centre line of a runway."""

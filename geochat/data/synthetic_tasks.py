@@ -282,7 +282,7 @@ def write_dataset(
     turns: int = 8,
     workers: int | None = None,
 ) -> None:
-    """Write `train` training scenes and `test` test scenes. Files appear under their final names only when complete."""
+    """Write `train` training scenes and `test` test scenes. Instruction and question file appear when they are complete."""
     if seed < 0 or seed + train > TEST_SEEDS:
         raise ValueError(f"--seed {seed}: training seeds lie between 0 and {TEST_SEEDS}")
     images = output / "images"

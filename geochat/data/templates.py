@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Template as JinjaTemplate
 from jinja2 import TemplateError, nodes
@@ -100,15 +100,39 @@ class Template:
         return "".join([part if isinstance(part, str) else turns[part].text for part in parts])
 
     def _run(self, turns: Sequence[tuple[str, str]], add_generation_prompt: bool) -> str:
+        contents = [_parts(text) if _wants_parts(self) else text for _, text in turns]
+        messages = [{"role": role, "content": own} for (role, _), own in zip(turns, contents, strict=True)]
+        return self._fill(messages, add_generation_prompt)
+
+    def _fill(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         try:
             return _compiled(self.jinja, self.name).render(
-                messages=[{"role": role, "content": text} for role, text in turns],
+                messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 bos_token="",
                 eos_token=self.stop[0] if self.stop else "",
             )
         except (TemplateError, TypeError) as error:
             raise ValueError(f"chat template {self.name!r}: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _wants_parts(template: Template) -> bool:
+    """Whether the template reads a turn as a list of parts, as llava-hf's does: a plain text would be lost in it."""
+    probe = "what is said"
+    try:
+        return probe not in template._fill([{"role": "user", "content": probe}], True) and (
+            probe in template._fill([{"role": "user", "content": _parts(probe)}], True)
+        )
+    except ValueError:
+        return False
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A turn's text as images and one text; a template of this kind writes the images itself."""
+    images = [{"type": "image"}] * text.count(IMAGE_TOKEN)
+    said = text.replace(f"{IMAGE_TOKEN}\n", "").replace(IMAGE_TOKEN, "")
+    return [*images, {"type": "text", "text": said}]
 
 
 @lru_cache(maxsize=256)

@@ -66,8 +66,11 @@ def check_record(record: object, row: int) -> tuple[Sample | None, list[Problem]
 
 def check_image(path: Path, decode: bool = True) -> tuple[str, str] | None:
     """Kind and reason when the image is missing or cannot be read; None when all is well."""
-    if not path.is_file():
-        return "missing", f"{path}: not found"
+    try:
+        if not path.is_file():
+            return "missing", f"{path}: not found"
+    except (OSError, ValueError) as error:  # a name too long, a folder that may not be entered
+        return "missing", f"{path}: cannot be looked up ({error})"
     if decode:
         try:
             open_image(path)

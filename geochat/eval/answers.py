@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,8 @@ def collect(
         columns = {
             "expected" if key == "answer" else key: value for key, value in question.items() if key != "text"
         }
-        size = _size(image) if image else {}
-        items.append(Item({**columns, **size, "prompt": benchmark.prompt_of(row, where)}, image))
+        seen = _seen(image) if image else {}
+        items.append(Item({**columns, **seen, "prompt": benchmark.prompt_of(row, where)}, image))
     missing = [item.image for item in items if item.image and not item.image.is_file()]
     if missing:
         some = ", ".join(str(path) for path in missing[:3])
@@ -79,7 +80,8 @@ def ask(
 def resume(folder: Path, items: Sequence[Item], identity: Row) -> dict[str, Row]:
     """Answers that an earlier run left in the folder, by question_id; failed ones are asked again.
 
-    Raises ValueError when they come from another model, another prompt or other settings.
+    The other columns (truth, strata) are taken from the questions as they are now.
+    Raises ValueError when the answers come from another model, prompt or picture, or other settings.
     """
     rows: list[Row] = []
     if (folder / PARTIAL).exists():
@@ -90,18 +92,23 @@ def resume(folder: Path, items: Sequence[Item], identity: Row) -> dict[str, Row]
     for item in items:
         if (row := done.get(str(item.row["question_id"]))) is None:
             continue
-        for key, value in {**identity, "prompt": item.row["prompt"]}.items():
+        asked: Row = {key: item.row[key] for key in ("prompt", "picture") if key in item.row}
+        now: Row = {**identity, **asked}
+        for key, value in now.items():
             if row.get(key) != value:
                 raise ValueError(
                     f"{folder}: holds answers of another run ({key} was {row.get(key)!r}, now {value!r}); "
                     "choose another --output, or --overwrite"
                 )
+        done[str(item.row["question_id"])] = {**row, **item.row}
     return done
 
 
-def _size(image: Path) -> Row:
+def _seen(image: Path) -> Row:
+    """Size in pixels, and a hash of the file by which a later run knows whether it is the same picture."""
     try:
+        digest = hashlib.sha256(image.read_bytes()).hexdigest()[:16]
         with Image.open(image) as opened:
-            return {"width": opened.width, "height": opened.height}
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+            return {"width": opened.width, "height": opened.height, "picture": digest}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return {}  # the question will be counted as not asked, with the reason

@@ -126,6 +126,18 @@ class Benchmark:
         for key in ("name", "questions", "image_folder", "image", "labels_by", "description"):
             if not isinstance(values.get(key, ""), str):
                 raise ValueError(f"{where}: {key} must be a string")
+        for key, kind in (("strata", list), ("only", dict), ("columns", dict), ("max_new_tokens", int)):
+            if key in values and not isinstance(values[key], kind):
+                raise ValueError(f"{where}: {key} must be a {_TOML_NAMES[kind]}")
+        for column, allowed in values.get("only", {}).items():
+            if not isinstance(allowed, list):
+                raise ValueError(f"{where}: only.{column} must be a list of values")
+        for column in values["truth"].values() if "truth" in values else ():
+            if column in ("text", "answer"):
+                raise ValueError(
+                    f"{where}: truth = {column!r}: beside an answer that name means the model's own words; "
+                    "rename the column in the question file"
+                )
         for metric in values["metric"].values():
             if metric not in METRICS:
                 raise ValueError(f"{where}: unknown metric {metric!r}; known: {', '.join(METRICS)}")
@@ -173,6 +185,9 @@ class Benchmark:
 
     def image_of(self, row: Row, where: str) -> str:
         return _fill(self.image, row, where)
+
+
+_TOML_NAMES: dict[type, str] = {list: "list", dict: "table", int: "number"}
 
 
 def known() -> list[str]:

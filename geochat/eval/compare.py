@@ -56,6 +56,9 @@ def compare(runs: Sequence[Run]) -> list[list[str]]:
         if len({summary.get("n") for summary in summaries}) > 1:
             counts = ", ".join(str(summary.get("n", 0)) for summary in summaries)
             raise ValueError(f"{name}: the runs answered different questions ({counts})")
+        asked = [{k for k, v in run.verdicts.items() if v["task"] == name} for run in runs if run.verdicts]
+        if any(ids != asked[0] for ids in asked):
+            raise ValueError(f"{name}: the runs answered different questions (their question_ids differ)")
         values = [summary[task["headline"]] for summary in summaries]
         gains = [
             "–" if None in (value, values[0]) else f"{100 * (value - values[0]):+.2f}" for value in values[1:]

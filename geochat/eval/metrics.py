@@ -100,7 +100,7 @@ def judge_exact(answer: str, question: Question) -> Verdict:
 
 
 def judge_word(answer: str, question: Question) -> Verdict:
-    """The truth occurs in the answer as whole words ("ship" in "1 gray ship at the left")."""
+    """The truth occurs in the answer as whole words ("ship" in "1 gray ship at the left"), whatever else does."""
     return {"parsed": bare(answer) != "", "correct": bool(labels_in(answer, {bare(question.truth)}))}
 
 

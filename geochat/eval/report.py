@@ -60,7 +60,14 @@ def example(key: str, runs: Sequence[Run], benchmark: Benchmark, image_folder: P
     """Draw one question. ValueError names the question or the picture."""
     where = f"question {key}"
     row = benchmark.prepare(runs[0].answers[key], where) or {}
-    image = open_image(image_folder / benchmark.image_of(row, where))
+    try:
+        image = open_image(image_folder / benchmark.image_of(row, where))
+    except ValueError:
+        if runs[0].answers[key].get("text") is not None:
+            raise
+        image = Image.new(
+            "RGB", (PANEL, PANEL), "lightgray"
+        )  # the question could not be asked for this very reason
     truth = row[benchmark.truth.of(row, where)]
     boxes = runs[0].verdicts[key]["metric"] == "boxes"
     true_boxes = (

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from geochat.chat.arguments import add_model_arguments, load_chat
+from geochat.chat.arguments import add_model_arguments, load_chat, number
 from geochat.chat.engine import Chat
 from geochat.errors import stop
 from geochat.eval.answers import ANSWERS, PARTIAL, ask, collect, resume
@@ -26,6 +26,7 @@ from geochat.eval.benchmark import Benchmark, index_by_id
 from geochat.eval.files import Row, write_rows
 from geochat.eval.metrics import IOU_MODES
 from geochat.eval.score import Scores, judge, summarise, table, write_scores
+from geochat.model.base import BaseRecord
 from geochat.model.checkpoint import fingerprint
 
 
@@ -55,8 +56,9 @@ def run(arguments: argparse.Namespace) -> Scores:
         raise ValueError(f"{questions_file}: no question is left to ask")
     judge([{**item.row, "text": ""} for item in items], benchmark)  # a truth that cannot be used shows now
     budget = arguments.max_new_tokens or benchmark.max_new_tokens
+    model = _fingerprint(arguments)
     chat = load_chat(arguments)
-    identity = {"model": _fingerprint(arguments), "decoding": _decoding(chat, budget, arguments)}
+    identity = {"model": model, "decoding": _decoding(chat, budget, arguments)}
     folder: Path = arguments.output
     done = {} if arguments.overwrite else resume(folder, items, identity)
     left = [item for item in items if str(item.row["question_id"]) not in done]
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> Scores:
             done |= index_by_id(rows, "answers")
             bar.update(len(rows))
     answers = [done[str(item.row["question_id"])] for item in items]
-    write_rows(folder / ANSWERS, answers)
+    write_rows(folder / ANSWERS, list(done.values()) if arguments.limit else answers)
     (folder / PARTIAL).unlink()
     judged = judge(answers, benchmark, arguments.iou)
     total = len(answers) if arguments.limit else len(questions)
@@ -86,7 +88,13 @@ def run(arguments: argparse.Namespace) -> Scores:
 
 
 def _fingerprint(arguments: argparse.Namespace) -> str:
-    return "+".join(fingerprint(path) for path in (arguments.model_path, arguments.model_base) if path)
+    if not arguments.model_path.is_dir():
+        raise ValueError(f"{arguments.model_path}: no checkpoint there (no such folder)")
+    named = None
+    if (arguments.model_path / "adapter_config.json").exists():
+        named = arguments.model_base or BaseRecord.read(arguments.model_path).model
+    parts = [arguments.model_path, named, arguments.vision_tower]
+    return "+".join(fingerprint(path) for path in parts if path and path.exists())
 
 
 def _decoding(chat: Chat, max_new_tokens: int, arguments: argparse.Namespace) -> Row:
@@ -109,9 +117,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for answers and scores")
     parser.add_argument("--questions", type=Path, help="question file, where not where the benchmark says")
     parser.add_argument("--image-folder", type=Path, help="images, where not where the benchmark says")
-    parser.add_argument("--limit", type=int, help="ask only the first questions")
-    parser.add_argument("--batch-size", type=int, default=16, help="questions at a time; changes no answer")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the benchmark's")
+    parser.add_argument("--limit", type=number(1, whole=True), help="ask only the first questions")
+    parser.add_argument(
+        "--batch-size", type=number(1, whole=True), default=16, help="questions at a time; changes no answer"
+    )
+    parser.add_argument("--max-new-tokens", type=number(1, whole=True), help="default: the benchmark's")
     parser.add_argument(
         "--iou", choices=IOU_MODES, default="rotated", help="hbb: of the horizontal envelopes"
     )

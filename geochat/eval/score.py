@@ -82,7 +82,7 @@ def judge(
             raise ValueError(f"{where}: {error}") from None
         strata = {s: row[s] for s in benchmark.strata if s in row}
         if "ious" in verdict:
-            strata.setdefault("objects", "single" if len(verdict["ious"]) == 1 else "multi")
+            strata.setdefault("objects", {0: "none", 1: "single"}.get(len(verdict["ious"]), "multi"))
         judged.append({"question_id": row["question_id"], "task": task, "metric": name, **strata, **verdict})
     return judged
 

@@ -24,10 +24,19 @@ from geochat.model.build import build_model
 from geochat.model.canonical import CANONICAL, canonical_key, rename
 from geochat.model.checkpoint import load, portable_config
 from geochat.model.formats.adapters import EXTRA, WEIGHTS
+from geochat.model.open import recognise
 from geochat.model.processor import Processor
 from geochat.model.staging import staged
 from geochat.model.vision import freeze_tower
-from geochat.model.weights import State, assert_same_keys, of_tensor, open_file, read_header, write_file
+from geochat.model.weights import (
+    State,
+    assert_same_keys,
+    of_tensor,
+    open_file,
+    read_header,
+    read_json,
+    write_file,
+)
 
 # PEFT matches the whole name. Leaf names alone would also hit CLIP's q_proj, k_proj and v_proj.
 LLM_LINEARS = (
@@ -178,8 +187,8 @@ def load_with_base(
     record = BaseRecord.read(path).moved_to(base, vision_tower)
     processor = Processor.load(path).with_image_size(image_size or adapter_image_size(path))
     model: nn.Module
-    if record.vision_tower is not None:
-        config = LlavaConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    if recognise(record.model) in ("llm", "llava"):
+        config = LlavaConfig.from_dict(read_json(path / "config.json"))
         model, _ = build_model(
             record.model,
             record.vision_tower,
@@ -194,7 +203,7 @@ def load_with_base(
 
 def adapter_image_size(path: Path) -> int:
     """The resolution an adapter was trained at."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     return int(config["vision_config"]["image_size"])
 
 

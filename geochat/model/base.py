@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from geochat.model.checkpoint import fingerprint
+from geochat.model.weights import read_json
 
 FILE = "geochat_base.json"
 _PATHS = ("model", "vision_tower", "projector")
@@ -37,10 +38,10 @@ class BaseRecord:
     def read(cls, folder: Path) -> BaseRecord:
         """From an adapter folder; one that another program wrote names the base in adapter_config.json only."""
         if (folder / FILE).exists():
-            value = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            value = read_json(folder / FILE)
             paths = {name: Path(value[name]) if value.get(name) else None for name in _PATHS}
             return cls(**paths, fingerprint=value.get("fingerprint"))  # type: ignore[arg-type]
-        value = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        value = read_json(folder / "adapter_config.json")
         return cls(Path(value.get("base_model_name_or_path") or ""))
 
     def write(self, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from geochat.model.weights import (
     Entry,
     State,
     open_weights,
+    read_json,
 )
 
 VOCABULARY_MULTIPLE = 64
@@ -113,7 +113,7 @@ def read_parts(
     image_size: int | None = 504,
     template: str = "vicuna_v1",
     feature_layer: int | list[int] | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> tuple[LlavaConfig, State, Processor]:
     """Configuration, unread canonical weights and processor of the model that three folders make.
 
@@ -125,7 +125,7 @@ def read_parts(
     image_size: None: 504 for GeoChat, else the tower's own.
     projector: `mm_projector.bin`, a safetensors file, or a folder with either; None: LLaVA's own, or a fresh one.
     feature_layer: hidden state(s) of the tower that the projector sees; None: what the LLM folder says, else -2.
-    seed: for a fresh projector only.
+    seed: of a fresh projector, where the folders hold none; None: make none, the table returned then has none.
 
     `<image>` and `<pad>` are added to the vocabulary, which is padded to a multiple of 64. New rows of the
     embeddings and of lm_head are the mean of the old ones: the same on every machine, and no new word stands out.
@@ -182,7 +182,7 @@ def read_parts(
     )
     if projector is not None:
         state |= read_projector(Path(projector))
-    elif "multi_modal_projector.linear_1.weight" not in state:
+    elif "multi_modal_projector.linear_1.weight" not in state and seed is not None:
         state |= fresh_projector(config, seed)
     processor = Processor(
         tokenizer=tokenizer,
@@ -297,8 +297,4 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder}: no checkpoint there (no config.json)")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged ({error})") from None
-    return config
+    return read_json(file)

@@ -33,6 +33,7 @@ from geochat.model.weights import (
     State,
     assert_same_keys,
     open_file,
+    open_files,
     open_weights,
     write_weights,
 )
@@ -100,8 +101,9 @@ def read_checkpoint(path: Path, image_size: int | None = None) -> tuple[LlavaCon
     source = read_config(path)
     config = LlavaConfig.from_dict(source)
     state = canonical_state(open_weights(path))
-    if _HEAD not in state and _EMBEDDINGS in state:
-        state[_HEAD] = state[_EMBEDDINGS]  # a tied checkpoint of another program
+    tied = source.get("tie_word_embeddings") or source["text_config"].get("tie_word_embeddings")
+    if tied and _HEAD not in state and _EMBEDDINGS in state:
+        state[_HEAD] = state[_EMBEDDINGS]  # a checkpoint of another program
     untie(config)
     processor = Processor.load(path)
     if image_size is not None and image_size != config.vision_config.image_size:
@@ -186,13 +188,17 @@ def portable_config(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path | str) -> str:
-    """A short hash of the weights in a folder or file: names, shapes and a few values of every tensor.
+    """A short hash of the weights in a folder or file: names, shapes and a few values of every tensor. Of an adapter
+    folder, of the adapter's own tensors.
 
     Does not depend on how the tensors are spread over files or whether these are pickles or safetensors.
     Reads some kilobytes per tensor, so it is cheap on a 7B model too.
     """
     path = Path(folder)
-    state = open_weights(path) if path.is_dir() else open_file(path)
+    if (path / "adapter_config.json").exists():
+        state = open_files(sorted([*path.glob("adapter_model.*"), *path.glob("non_lora_trainables.*")]))
+    else:
+        state = open_weights(path) if path.is_dir() else open_file(path)
     digest = hashlib.sha256()
     for key in sorted(state):
         entry = state[key]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from geochat.errors import stop
+from geochat.model.base import BaseRecord
 from geochat.model.build import stored_dtype
 from geochat.model.checkpoint import load, write_checkpoint
 from geochat.model.open import open_model
@@ -47,9 +48,13 @@ def merge_adapter(
     adapter, output = Path(adapter), Path(output)
     if not (adapter / "adapter_config.json").exists():
         raise ValueError(f"{adapter}: no adapter folder (it has no adapter_config.json)")
-    if output.absolute() == adapter.absolute():
-        raise ValueError(f"{output}: is the adapter itself; name another folder for the merged model")
     recover(adapter)
+    record = BaseRecord.read(adapter)
+    for part in (adapter, base, vision_tower, record.model, record.vision_tower):
+        if part and Path(part).exists() and output.exists() and output.samefile(part):
+            raise ValueError(
+                f"{output}: is {part}, which the merge reads; name another folder for the result"
+            )
     config, state, processor = open_model(adapter, base=base, vision_tower=vision_tower)
     dtype = dtype or stored_dtype(config)
     write_checkpoint(output, config, state, processor, dtype=dtype, max_shard_bytes=max_shard_bytes)
@@ -116,7 +121,6 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         stop(error)
-    print(f"merged model in {args.save_model_path}")
     if not math.isnan(gap):
         print(f"largest logit gap between adapter and merged model: {gap:.3g}")
     return 0

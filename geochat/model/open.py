@@ -5,7 +5,6 @@ Adapters of other programs are merged into their base when a tensor is read, in 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import LlavaConfig
@@ -17,10 +16,11 @@ from geochat.model.checkpoint import read_checkpoint
 from geochat.model.formats.adapters import read_adapter
 from geochat.model.formats.internlm2 import Heads
 from geochat.model.processor import Processor
-from geochat.model.weights import State
+from geochat.model.weights import State, read_json
 
 Opened = tuple[LlavaConfig, State, Processor]
 
+_PROJECTOR = "multi_modal_projector."
 _XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
 
 
@@ -64,25 +64,31 @@ def open_model(
     if kind == "canonical":
         return read_checkpoint(path, image_size)
     if kind == "llava":
-        return read_parts(path, vision_tower, image_size=image_size)
+        return _whole(read_parts(path, vision_tower, image_size=image_size, seed=None), path)
     if kind == "adapter":
-        return _with_adapter(path, base, vision_tower, image_size)
+        return _whole(_with_adapter(path, base, vision_tower, image_size), path)
     if kind == "xtuner":
-        return _xtuner(path, base, vision_tower, image_size)
+        return _whole(_xtuner(path, base, vision_tower, image_size), path)
     wanted = {"llm": "a language model", "clip": "a vision tower", "projector": "a projector"}[kind]
     raise ValueError(
         f"{path}: is {wanted} alone, not a model that sees; train with it, or name the whole model"
     )
 
 
+def _whole(opened: Opened, path: Path) -> Opened:
+    if not any(key.startswith(_PROJECTOR) for key in opened[1]):
+        raise ValueError(
+            f"{path}: holds no projector; it is a language model and a tower that were never joined"
+        )
+    return opened
+
+
 def _with_adapter(
     path: Path, base: Path | str | None, vision_tower: Path | str | None, image_size: int | None
 ) -> Opened:
     if (path / BASE_FILE).exists():
-        return _own_adapter(path, base, vision_tower)
-    named = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
+        return _own_adapter(path, base, vision_tower, image_size)
+    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
     base = Path(base) if base is not None else local_folder(path, named)
     if base is None:
         raise ValueError(f"{path}: its base {named} is not on this disk; say where it is with --model-base")
@@ -93,22 +99,29 @@ def _with_adapter(
         image_size = GEOCHAT_SIZE
     if recognise(Path(base)) == "llm":  # LoRA on a plain LLM, its projector trained beside
         tower = vision_tower or local_folder(path, own.get("mm_vision_tower"))
-        config, state, processor = read_parts(base, tower, image_size=image_size)
+        config, state, processor = read_parts(base, tower, image_size=image_size, seed=None)
     else:
         config, state, processor = open_model(base, vision_tower=vision_tower, image_size=image_size)
     return config, read_adapter(path, _heads(Path(base))).applied(state), processor
 
 
-def _own_adapter(path: Path, base: Path | str | None, vision_tower: Path | str | None) -> Opened:
+def _own_adapter(
+    path: Path, base: Path | str | None, vision_tower: Path | str | None, image_size: int | None
+) -> Opened:
     """An adapter of this project knows its base's parts and fingerprint, and carries its processor."""
     record = BaseRecord.read(path).moved_to(base, vision_tower)
     own = LlavaConfig.from_dict(read_config(path))
-    size, layer = own.vision_config.image_size, own.vision_feature_layer
-    if record.vision_tower is None:
-        config, state, _ = open_model(record.model, image_size=size)
+    size, layer = image_size or own.vision_config.image_size, own.vision_feature_layer
+    if recognise(record.model) in ("llm", "llava"):
+        config, state, _ = read_parts(
+            record.model, record.vision_tower, image_size=size, feature_layer=layer, seed=None
+        )
     else:
-        config, state, _ = read_parts(record.model, record.vision_tower, image_size=size, feature_layer=layer)
-    return config, read_adapter(path).applied(state), Processor.load(path)
+        config, state, _ = open_model(record.model, image_size=size)
+    # The projector of a base that was built from parts came with the adapter.
+    adapter = read_adapter(path)
+    state |= {key: entry for key, entry in adapter.replaced.items() if key.startswith(_PROJECTOR)}
+    return config, adapter.applied(state), Processor.load(path).with_image_size(size)
 
 
 def _heads(base: Path) -> Heads | None:
@@ -123,7 +136,7 @@ def _xtuner(
     """XTuner's converted folder: LoRA on the LLM, LoRA on the tower or the tower itself, and the projector."""
     llm, tower = path / "llm_adapter", path / "visual_encoder_adapter"
     if base is None and llm.is_dir():
-        named = json.loads((llm / "adapter_config.json").read_text())["base_model_name_or_path"]
+        named = read_json(llm / "adapter_config.json")["base_model_name_or_path"]
         base = local_folder(path, named) or local_folder(path.parent, named)
         if base is None:
             raise ValueError(
@@ -134,13 +147,13 @@ def _xtuner(
     if vision_tower is None and (path / "visual_encoder").is_dir():
         vision_tower = path / "visual_encoder"
     if vision_tower is None and tower.is_dir():
-        named = json.loads((tower / "adapter_config.json").read_text())["base_model_name_or_path"]
+        named = read_json(tower / "adapter_config.json")["base_model_name_or_path"]
         vision_tower = local_folder(path, named) or local_folder(path.parent, named)
         if vision_tower is None:
             raise ValueError(f"{tower}: its base {named} is not on this disk; give it with --vision-tower")
     projector = path / "projector"
     config, state, processor = read_parts(
-        base, vision_tower, projector if projector.is_dir() else None, image_size=image_size
+        base, vision_tower, projector if projector.is_dir() else None, image_size=image_size, seed=None
     )
     if llm.is_dir():
         state = read_adapter(llm, _heads(Path(base))).applied(state)

@@ -21,6 +21,7 @@ from geochat.data.templates import Template, get_template
 from geochat.data.words import by_words
 from geochat.model.tokenizer import load_tokenizer, write_tokenizer_files
 from geochat.model.vision import grid_side
+from geochat.model.weights import read_json
 
 # OpenAI's CLIP, as in openai/clip-vit-large-patch14-336.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -102,8 +103,10 @@ class Processor:
     def load(cls, folder: Path | str) -> Processor:
         """From a checkpoint folder; needs no other file than those `save` writes. Raises ValueError."""
         folder = Path(folder)
-        layout = _read_json(folder / "processor_config.json")
-        images = layout.get("image_processor") or _read_json(folder / "preprocessor_config.json")
+        layout = read_json(folder / "processor_config.json", optional=True)
+        images = layout.get("image_processor") or read_json(
+            folder / "preprocessor_config.json", optional=True
+        )
         tokenizer = load_tokenizer(folder)
         image_token_id = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
         if image_token_id is None:
@@ -204,7 +207,7 @@ def _read_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Template
         text = jinja.read_text(encoding="utf-8")
     else:  # older files keep it inside a JSON file
         for name in ("chat_template.json", "tokenizer_config.json"):
-            text = _read_json(folder / name).get("chat_template", "")
+            text = read_json(folder / name, optional=True).get("chat_template", "")
             if text:
                 break
         else:
@@ -219,10 +222,6 @@ def _side(size: Any, folder: Path) -> int:
     if isinstance(size, dict) and size:
         return int(size.get("height") or size["shortest_edge"])
     raise ValueError(f"{folder}: preprocessor_config.json states no image size")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _write_json(file: Path, value: Any) -> None:

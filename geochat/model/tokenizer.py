@@ -23,6 +23,7 @@ from geochat.model.formats.sentencepiece import (
     USER_DEFINED,
     SentencePieceModel,
 )
+from geochat.model.weights import read_json
 
 
 def convert_sentencepiece(file: Path, added: dict[int, str] | None = None) -> PreTrainedTokenizerFast:
@@ -104,7 +105,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     A folder with only `tokenizer.model` (Vicuna, LLaVA) is converted; a `tokenizer.json` is taken as it is.
     Raises ValueError when there is neither.
     """
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json", optional=True)
     if (folder / "tokenizer.json").exists():
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
@@ -123,7 +124,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, str]:
     """id -> text of the added tokens, from tokenizer_config.json or the older added_tokens.json."""
     listed = {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
-    older = {int(i): text for text, i in _read_json(folder / "added_tokens.json").items()}
+    older = {int(i): text for text, i in read_json(folder / "added_tokens.json", optional=True).items()}
     return {**older, **listed}
 
 
@@ -178,10 +179,6 @@ def write_tokenizer_files(
     }
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", {**roles, **image})
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _write_json(file: Path, value: Any) -> None:

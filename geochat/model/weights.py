@@ -69,6 +69,21 @@ class Entry:
 State = dict[str, Entry]
 
 
+def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
+    """A JSON object. Raises ValueError that names the file when it is damaged, or not there (unless optional: {})."""
+    if optional and not file.exists():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged, no JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: damaged, holds a {type(value).__name__}, not an object; copy it again")
+    return value
+
+
 def of_tensor(tensor: Tensor) -> Entry:
     """An entry for a tensor that is in memory already."""
     return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
@@ -92,7 +107,12 @@ def weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin", "pytorch_model.bin.index.json"),
     ):
         if (folder / index).exists():
-            names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            places = read_json(folder / index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+                raise ValueError(f"{folder / index}: damaged, has no weight_map; copy it again")
+            if strange := [name for name in places.values() if Path(name).name != name]:
+                raise ValueError(f"{folder / index}: names {strange[0]!r}, which is no file of this folder")
+            names = sorted(set(places.values()))
             missing = [name for name in names if not (folder / name).exists()]
             if missing:
                 raise ValueError(
@@ -161,7 +181,10 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"{file}: cut short or no safetensors file; copy or save it again")
-        header: dict[str, Any] = json.loads(stream.read(length))
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError:
+            raise ValueError(f"{file}: damaged, its header is no JSON; copy or save it again") from None
     header.pop("__metadata__", None)
     end = max((record["data_offsets"][1] for record in header.values()), default=0)
     if size != 8 + length + end:

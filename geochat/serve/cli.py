@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from geochat.chat.arguments import add_model_arguments, load_chat
+from geochat.chat.arguments import add_model_arguments, load_chat, number
 from geochat.chat.engine import Chat, Request
 from geochat.data.boxes import parse_boxes, parse_regions
 from geochat.data.draw import draw_regions
@@ -114,8 +114,11 @@ def answer_folder(
     """One question on every picture. Writes `output`/answers.jsonl and a drawing per picture; returns the failures."""
     output.mkdir(parents=True, exist_ok=True)
     failures = 0
-    unfinished = output / ".answers.jsonl.part"
-    with unfinished.open("w", encoding="utf-8") as lines, tqdm(total=len(files), unit="picture") as bar:
+    unfinished = output / "answers.partial.jsonl"
+    with (
+        unfinished.open("w", encoding="utf-8", errors="backslashreplace") as lines,
+        tqdm(total=len(files), unit="picture") as bar,
+    ):
         for start in range(0, len(files), FOLDER_BATCH):
             part = files[start : start + FOLDER_BATCH]
             requests = [Request.ask(query, file) for file in part]
@@ -129,10 +132,15 @@ def answer_folder(
                     row["error"] = str(result)
                 else:
                     row["text"] = result.text
-                    picture = draw_regions(open_picture(str(file)), parse_regions(result.text))
-                    save_picture(picture, output / f"{file.name}.png")
+                    try:
+                        picture = draw_regions(open_picture(str(file)), parse_regions(result.text))
+                        save_picture(picture, output / f"{file.name}.png")
+                    except ValueError as error:
+                        failures += 1
+                        row["error"] = str(error)
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
                 bar.update()
+            lines.flush()
     unfinished.replace(output / "answers.jsonl")
     return failures
 
@@ -183,10 +191,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--save-image", type=Path, help="picture with the boxes of the answer (a folder for a folder)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default): always the likeliest word"
+        "--temperature", type=number(0), default=0.0, help="0 (default): always the likeliest word"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability that is sampled from")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="bound on an answer's length")
+    parser.add_argument(
+        "--top-p", type=number(0, 1), default=1.0, help="share of probability that is sampled from"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=number(1, whole=True), default=512, help="bound on an answer's length"
+    )
     arguments = parser.parse_args(argv)
     try:
         return run(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import time
 import urllib.error
@@ -31,7 +32,8 @@ def open_picture(source: str) -> Image.Image:
 def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> io.BytesIO:
     """Content of an address, bounded in size and time. ValueError names the address and the reason."""
     deadline = time.monotonic() + seconds
-    request = urllib.request.Request(url, headers={"User-Agent": "geochat"})
+    quoted = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")
+    request = urllib.request.Request(quoted, headers={"User-Agent": "geochat"})
     content = io.BytesIO()
     content.name = url  # what open_image calls it in its errors
     try:
@@ -46,7 +48,7 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> io.
         raise ValueError(f"{url}: the server answers {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise ValueError(f"{url}: cannot be reached ({error.reason})") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if str(error).startswith(url):
             raise
         raise ValueError(f"{url}: cannot be read ({error})") from None
@@ -65,7 +67,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 def check_writable(path: Path) -> None:
     """ValueError when a picture could not be saved under this name."""
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{path}: the name must end in .png, .jpg or another picture format")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.absolute().parent}")

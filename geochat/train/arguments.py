@@ -141,7 +141,15 @@ class TrainingArguments(transformers.TrainingArguments):
         if not self.output_dir:
             raise ValueError("--output_dir is missing: the folder of this run")
         if self.bits != 16:
-            raise ValueError(f"--bits {self.bits}: this command trains in 16 or 32 bits only")
+            raise ValueError(f"--bits {self.bits}: only 16 (float32: --bf16 False)")
+        if self.fsdp:
+            raise ValueError("--fsdp is not supported: use --deepspeed scripts/zero3.json")
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "--load_best_model_at_end is not supported: the best checkpoint is kept, use its folder"
+            )
+        if self.deepspeed and "RANK" not in os.environ:
+            raise ValueError("--deepspeed needs a launcher: start with torchrun or deepspeed")
         self.gradient_accumulation_steps = accumulation_for(
             self.global_batch_size,
             self.per_device_train_batch_size,
@@ -230,8 +238,31 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     )
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    training.notes = notes + training.notes
+    training.notes = notes + training.notes + without_effect(argv, model, training)
     return model, data, training
+
+
+def without_effect(argv: list[str], model: ModelArguments, training: TrainingArguments) -> list[str]:
+    """One line for each flag that changes nothing here, or not what it changes in LLaVA."""
+    given = {word.split("=")[0].replace("-", "_").lstrip("_") for word in argv if word.startswith("--")}
+    lora, notes = training.lora_enable, []
+    if "lora_enable" not in given:
+        notes.append(
+            "LoRA is the default here; --lora_enable False trains the model itself, as LLaVA does unasked"
+        )
+    frozen = model.freeze_mm_mlp_adapter or (lora and not model.tune_mm_mlp_adapter)
+    if frozen and "mm_projector_lr" in given:
+        notes.append(
+            "--mm_projector_lr has no effect: the projector is frozen (--tune_mm_mlp_adapter True trains it)"
+        )
+    if lora and (model.freeze_backbone or model.freeze_mm_mlp_adapter):
+        notes.append("--freeze_backbone and --freeze_mm_mlp_adapter have no effect with LoRA")
+    if not lora and training.use_dora:
+        notes.append("--use_dora has no effect without LoRA")
+    if not model.tune_vision_tower:
+        named = sorted({"tune_vit_from_layer", "vision_tower_lr"} & given)
+        notes += [f"--{flag} has no effect without --tune_vision_tower True" for flag in named]
+    return notes
 
 
 def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:

@@ -8,6 +8,7 @@ LEGACY_RENAMED = {
     "--group_by_length": "--group_by_modality_length",
     "--unfreeze_mm_vision_tower": "--tune_vision_tower",
     "--local-rank": "--local_rank",
+    "--no_cuda": "--use_cpu",
 }
 
 LEGACY_DROPPED = {
@@ -21,6 +22,8 @@ LEGACY_DROPPED = {
     "--mpt_attn_impl": "MPT models are not supported",
     "--save_safetensors": "weights are always written as safetensors",
     "--logging_dir": "logs go to the run folder",
+    "--lora_bias": "biases are not trained, LLaVA's own default",
+    "--lora_weight_path": "LLaVA reads it nowhere",
     "--double_quant": "quantised training is not part of this command",
     "--quant_type": "quantised training is not part of this command",
 }

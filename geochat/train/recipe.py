@@ -88,12 +88,12 @@ def describe(
 ) -> str:
     """The resolved recipe, one fact per line."""
     model_args, data_args, args = arguments
-    total = sum(_count(parameter) for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
     rows = [("model", str(model_args.model_name_or_path))]
     rates = learning_rates(args)
     for part, members in trainable_groups(model).items():
         if members:
-            count = sum(_count(parameter) for _, parameter in members)
+            count = sum(parameter.numel() for _, parameter in members)
             rows.append(
                 (f"trains {part}", f"{count:,} of {total:,} parameters, learning rate {rates[part]:g}")
             )
@@ -137,10 +137,6 @@ def zero_stage(args: TrainingArguments) -> int:
     if not args.deepspeed:
         return 0
     return args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0)
-
-
-def _count(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", None) or parameter.numel()  # ZeRO-3 leaves an empty shell
 
 
 def _value(setting: Any) -> str:

@@ -19,7 +19,7 @@ from geochat.model.canonical import CANONICAL, rename
 from geochat.model.checkpoint import read_checkpoint, save_model
 from geochat.model.formats.llava import LLAVA, from_projector
 from geochat.model.processor import Processor
-from geochat.model.weights import State, assert_same_keys, of_tensor, open_file, write_file
+from geochat.model.weights import State, assert_same_keys, of_tensor, open_file, read_json, write_file
 from geochat.train.arguments import TrainingArguments
 
 STAGING = ".saving-"
@@ -75,9 +75,26 @@ class RunSaver:
             raise ValueError(
                 f"{resume} is no checkpoint of this kind of run: it has no {_WEIGHTS[self.kind][0]}"
             )
+        if resume is not None and self.kind == "adapter":
+            self._check_adapter(resume)
         for kind in ("adapter", "full"):
             if kind != self.kind and any((run / name).exists() for name in _WEIGHTS[kind]):
                 raise ValueError(f"{run} holds a model of another kind ({kind}): choose another --output_dir")
+
+    def _check_adapter(self, resume: Path) -> None:
+        before = read_json(resume / "adapter_config.json")
+        now = self.model.peft_config["default"]
+        for flag, old, new in (
+            ("--lora_r", before["r"], now.r),
+            ("--lora_alpha", before["lora_alpha"], now.lora_alpha),
+            ("--use_dora", bool(before.get("use_dora")), bool(now.use_dora)),
+        ):
+            if old != new:
+                raise ValueError(f"{resume} was trained with {flag} {old}, now it is {new}: go on with {old}")
+        if BaseRecord.read(resume).fingerprint != self.base.fingerprint:
+            raise ValueError(
+                f"{resume} was trained on another base than {self.base.model} (its weights differ)"
+            )
 
     def save(self, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
         """state: gathered tensors under the model's own names, where the model itself holds only shards."""

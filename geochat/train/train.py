@@ -6,7 +6,6 @@ the tower with `--tune_vision_tower`), `--tune_mm_mlp_adapter True` on top of th
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -25,6 +24,7 @@ from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
 from geochat.model.checkpoint import load
 from geochat.model.processor import Processor
+from geochat.model.weights import open_weights, read_json
 from geochat.train.arguments import (
     IMAGE_MODES,
     DataArguments,
@@ -76,6 +76,8 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     with without_zero_init():
         base, processor, record = load_base(arguments)
     kind, model = make_trainable(base, model_args, args)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing is left to train: every part is frozen by a flag")
     saver = RunSaver(kind, model, processor, record)
     saver.check(Path(args.output_dir), resume)
     train_set = open_dataset(data_args.data_path or "", processor, arguments)
@@ -125,6 +127,12 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             args.notes.append(f"--vision_tower is not used: {folder} holds its tower")
             tower = None
     else:
+        frozen = model_args.freeze_mm_mlp_adapter or (args.lora_enable and not model_args.tune_mm_mlp_adapter)
+        if frozen and projector is None and not any("mm_projector" in key for key in open_weights(folder)):
+            raise ValueError(
+                f"{folder} holds no projector, and a fresh one would stay frozen: give one with "
+                "--pretrain_mm_mlp_adapter, or train it with --tune_mm_mlp_adapter True"
+            )
         model, processor = build_model(
             folder,
             tower,
@@ -144,7 +152,7 @@ def is_canonical(folder: Path) -> bool:
     config = folder / "config.json"
     if not config.exists():
         raise ValueError(f"{folder}: no config.json, so this is no model folder")
-    return "LlavaForConditionalGeneration" in json.loads(config.read_text()).get("architectures", [])
+    return "LlavaForConditionalGeneration" in read_json(config).get("architectures", [])
 
 
 def make_trainable(

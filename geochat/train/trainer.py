@@ -133,8 +133,14 @@ class Trainer(transformers.Trainer):
             if "input_ids" in batch:
                 print(f"skipped: {reason}", flush=True)
         if "input_ids" not in batch:
-            raise BadSampleError(self.bad_samples[-1])
+            reason = self.bad_samples[-1]
+            if len(self.bad_samples) > 1:
+                reason = f"no usable row was found among {len(self.bad_samples)}, the last: {reason}"
+            raise BadSampleError(reason)
         return batch
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(model, self._usable(inputs), *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset: InstructionDataset = self.train_dataset if train_dataset is None else train_dataset

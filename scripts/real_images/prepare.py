@@ -3,8 +3,9 @@
     python scripts/real_images/prepare.py aid --data DATA --output OUT/aid
     python scripts/real_images/prepare.py kit --data DATA --output OUT/kit
 
-AID: every training scene once as it is and some times as a random crop, turned and mirrored at random; each record asks
-for the class and for a description (RSICD's captions). GeoChat-Bench's 3 000 test scenes become the questions.
+AID: every training scene once as it is and some times as a random crop, turned and mirrored at random. A record asks for
+the class; some of the crops are asked for a description (RSICD's captions). GeoChat-Bench's 3 000 test scenes become the
+questions.
 
 KIT: windows of the tiles become `[refer]` records. Frames of a sequence repeat the same street, so the questions come
 from two places apart: the last frames of the training streets (`place = "seen"`: parked cars may be known from
@@ -47,10 +48,13 @@ max_new_tokens = 160
 """
 
 
-def aid_records(scenes: list[AidScene], variants: int, long_share: float, seed: int) -> list[dict[str, Any]]:
+def aid_records(
+    scenes: list[AidScene], variants: int, long_share: float, caption_share: float, seed: int
+) -> list[dict[str, Any]]:
     """Instruction records; variant 0 names the picture itself, the others the crops of `write_crops`.
 
-    The class is always asked first, as in the test; GeoChat's own prompt in `long_share` of the records.
+    A record asks for the class, as the test does; `caption_share` of the crops are asked for a description instead.
+    GeoChat's own prompt for the class in `long_share` of the records.
     """
     rng = np.random.default_rng(seed)
     records = []
@@ -59,12 +63,11 @@ def aid_records(scenes: list[AidScene], variants: int, long_share: float, seed: 
             scene = scenes[number]
             short = rng.random() >= long_share
             ask = SHORT_PROMPTS[rng.integers(len(SHORT_PROMPTS))] if short else PROMPT
-            turns = [("human", f"<image>\n{ask}"), ("gpt", scene.label)]
-            if scene.captions:
-                turns += [
-                    ("human", str(rng.choice(CAPTION_PROMPTS))),
-                    ("gpt", scene.captions[rng.integers(len(scene.captions))]),
-                ]
+            answer = scene.label
+            if variant and scene.captions and rng.random() < caption_share:
+                ask = str(rng.choice(CAPTION_PROMPTS))
+                answer = scene.captions[rng.integers(len(scene.captions))]
+            turns = [("human", f"<image>\n{ask}"), ("gpt", answer)]
             image = scene.path if variant == 0 else crop_name(scene, variant)
             conversations = [{"from": role, "value": text} for role, text in turns]
             records.append({"id": f"{scene.path}#{variant}", "image": image, "conversations": conversations})
@@ -110,12 +113,14 @@ def aid_questions(scenes: list[AidScene]) -> list[dict[str, Any]]:
     ]
 
 
-def prepare_aid(data: Path, output: Path, variants: int, long_share: float, seed: int) -> dict[str, int]:
+def prepare_aid(
+    data: Path, output: Path, variants: int, long_share: float, caption_share: float, seed: int
+) -> dict[str, int]:
     train, test = read_scenes(data)
     for scene in [*train, *test]:
         link(data / "aid150" / scene.file, output / "images" / scene.path)
     write_crops(data, output / "images", train, variants, seed)
-    records = aid_records(train, variants, long_share, seed)
+    records = aid_records(train, variants, long_share, caption_share, seed)
     questions = aid_questions(test)
     assert_apart({record["id"].split("#")[0] for record in records}, {row["image"] for row in questions})
     write_records(output, records, questions)
@@ -221,7 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.dataset == "aid":
-            counts = prepare_aid(args.data, args.output, args.variants, args.long_share, args.seed)
+            counts = prepare_aid(
+                args.data, args.output, args.variants, args.long_share, args.caption_share, args.seed
+            )
         else:
             counts = prepare_kit(args.data, args.output, args.windows, args.seed)
     except (ValueError, OSError) as error:

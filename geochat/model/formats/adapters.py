@@ -7,7 +7,6 @@ the base's tensors.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from geochat.model.formats.internlm2 import WQKV, Heads, llama_name
 from geochat.model.formats.internlm2 import split as split_wqkv
 from geochat.model.formats.llava import LLAVA
 from geochat.model.vision import resample_positions
-from geochat.model.weights import Entry, State, open_file
+from geochat.model.weights import Entry, State, open_file, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 EXTRA = "non_lora_trainables.safetensors"
@@ -98,7 +97,7 @@ def read_adapter(folder: Path, heads: Heads | None = None, part: str = "") -> Ad
     part: "vision_tower" for XTuner's adapter on the bare tower.
     Raises ValueError: another kind of adapter, tensors missing, ranks that differ from the configuration.
     """
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json")
     kind = config.get("peft_type")
     unsupported = [name for name in ("fan_in_fan_out", "wdecompose_target_modules") if config.get(name)]
     if kind not in ("LORA", "DORA") or unsupported or config.get("bias", "none") != "none":
