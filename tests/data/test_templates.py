@@ -159,6 +159,23 @@ def test_a_checkpoints_own_template():
     assert foreign.name == "checkpoint"
 
 
+LLAVA_HF = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""In the manner of the published llava-hf checkpoints: a turn is a list of parts."""
+
+
+def test_a_template_that_wants_parts_gets_them():
+    template = Template.from_jinja(LLAVA_HF)
+    assert (
+        template.render(DIALOGUE[:1], add_generation_prompt=True) == "USER: <image>\nWhat is this? ASSISTANT:"
+    )
+    assert template.segments(DIALOGUE[:1], True)[1] == Segment(IMAGE_TOKEN, False)
+
+
 def test_a_broken_template_fails_when_it_is_read():
     with pytest.raises(ValueError, match="not valid Jinja"):
         Template.from_jinja("{% for %}")

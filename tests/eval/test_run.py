@@ -17,6 +17,9 @@ from geochat.eval import run as module
 from geochat.eval.answers import ANSWERS, PARTIAL
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.files import read_json, read_rows, write_rows
+from geochat.model.adapter import AdapterSpec, attach, save_adapter
+from geochat.model.base import BaseRecord
+from geochat.model.checkpoint import load
 
 BOX = [[10, 10], [20, 10], [20, 20], [10, 20]]
 
@@ -94,6 +97,39 @@ def test_a_stopped_run_goes_on(data: Path, tiny_model: Path, monkeypatch: pytest
     module.main(command(data, tiny_model))  # complete: only scored again
     assert asked == [3, 0]
     assert (data / "out" / ANSWERS).read_text() == complete
+
+
+def test_a_corrected_truth_is_scored_without_asking_again(data: Path, tiny_model: Path) -> None:
+    module.main(command(data, tiny_model))
+    rows = read_rows(data / "questions.jsonl")
+    said = read_rows(data / "out" / ANSWERS)[0]["text"]
+    write_rows(data / "questions.jsonl", [{**rows[0], "ground_truth": said or "x"}, *rows[1:]])
+    module.main(command(data, tiny_model))
+    assert read_rows(data / "out" / ANSWERS)[0]["ground_truth"] == (said or "x")
+    assert read_json(data / "out" / "scores.json")["tasks"]["scene"]["overall"]["accuracy"] == (
+        1 / 3 if said else 0
+    )
+
+
+def test_another_picture_is_another_question(data: Path, tiny_model: Path, refused) -> None:
+    module.main(command(data, tiny_model))
+    Image.new("RGB", (60, 40), "white").save(data / "images" / "0.png")
+    assert "picture was" in refused(module.main, command(data, tiny_model))
+
+
+def test_a_limit_loses_no_answers(data: Path, tiny_model: Path) -> None:
+    module.main(command(data, tiny_model))
+    module.main(command(data, tiny_model, "--limit", "2"))
+    assert len(read_rows(data / "out" / ANSWERS)) == 6
+    assert read_json(data / "out" / "scores.json")["n"] == 2
+
+
+def test_an_adapter_is_scored(data: Path, tiny_model: Path) -> None:
+    model, processor = load(tiny_model)
+    adapted = attach(model, AdapterSpec(r=4))
+    save_adapter(adapted, processor, data / "adapter", base=BaseRecord.of(tiny_model))
+    module.main(command(data, data / "adapter"))
+    assert read_json(data / "out" / "scores.json")["n"] == 6
 
 
 def test_answers_of_another_run_are_not_mixed_in(data: Path, tiny_model: Path, refused) -> None:

@@ -110,3 +110,15 @@ def test_help_says_what_every_flag_is_for(capsys: pytest.CaptureFixture[str]) ->
         "as LLaVA and GeoChat do; token: over the step. (default: micro_batch)",
     ):
         assert text in told
+
+
+def test_flags_without_effect_are_said() -> None:
+    needed = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
+    pretrain = ["--tune_mm_mlp_adapter", "True", "--vision_tower_lr", "1e-5", "--lora_bias", "none"]
+    notes = "\n".join(parse_arguments([*needed, *pretrain])[2].notes)
+    assert "--lora_enable False trains the model itself" in notes
+    assert "--vision_tower_lr has no effect without --tune_vision_tower True" in notes
+    assert "--lora_bias is ignored" in notes
+    notes = "\n".join(parse_arguments([*needed, "--lora_enable", "True", "--mm_projector_lr=2e-5"])[2].notes)
+    assert "--mm_projector_lr has no effect: the projector is frozen" in notes
+    assert "LoRA is the default" not in notes

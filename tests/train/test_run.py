@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from geochat.model.checkpoint import load
+from geochat.model.checkpoint import load, save_model
 from geochat.train import arguments, saving
 from geochat.train.train import main
 from geochat.train.trainer import Trainer
@@ -108,7 +108,7 @@ def test_the_projector_alone(flags, tmp_path: Path) -> None:
     main([*argv, "--num_train_epochs", "2", "--resume_from_checkpoint", "True"])
 
 
-def test_a_model_from_parts(flags, tiny_llm: Path, tiny_clip: Path, tmp_path: Path) -> None:
+def test_a_model_from_parts(flags, tiny_llm: Path, tiny_clip: Path, tmp_path: Path, capsys) -> None:
     flags[flags.index("--model_name_or_path") + 1] = str(tiny_llm)
     argv = [
         *flags,
@@ -121,7 +121,9 @@ def test_a_model_from_parts(flags, tiny_llm: Path, tiny_clip: Path, tmp_path: Pa
         "--version",
         "v1",
     ]
-    main([*argv, "--vision_tower", str(tiny_clip), "--mm_vision_select_layer", "-2", "--bf16", "True"])
+    argv += ["--vision_tower", str(tiny_clip), "--mm_vision_select_layer", "-2", "--bf16", "True"]
+    assert "a fresh one would stay frozen" in refused(argv, capsys)
+    main([*argv, "--tune_mm_mlp_adapter", "True"])
     model, processor = load(tmp_path)
     assert processor.template.name == "vicuna_v1"
     assert model.get_base_model().config.vision_feature_layer == -2
@@ -167,6 +169,28 @@ def test_skipped_rows_are_named_and_counted(flags, tiny_records, tmp_path: Path,
     assert "absent.png" in (run / "bad_samples.txt").read_text()
 
 
+def test_a_bad_validation_row_is_named(flags, tiny_records, tmp_path: Path, capsys) -> None:
+    rows = [*tiny_records.records, {**tiny_records.records[0], "image": "absent.png"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    argv = [*flags, "--output_dir", str(tmp_path / "run"), "--eval_data_path", str(tmp_path / "rows.json")]
+    argv += ["--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "2", "--save_strategy", "no"]
+    assert "absent.png" in refused(argv, capsys)
+    main([*argv, "--on_bad_sample", "skip", "--overwrite_output_dir", "True"])
+    assert "absent.png" in (tmp_path / "run/bad_samples.txt").read_text()
+
+
+def test_resuming_another_adapter_is_refused(flags, tiny_base: Path, tmp_path: Path, capsys) -> None:
+    argv = [*flags, "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--save_steps", "2"]
+    main(argv)
+    again = [*argv, "--max_steps", "4", "--resume_from_checkpoint", "True"]
+    assert "--lora_r 4, now it is 8" in refused([*again, "--lora_r", "8"], capsys)
+    model, processor = load(tiny_base)
+    model.lm_head.weight.data.add_(0.1)
+    save_model(model, processor, tmp_path / "other")
+    again[again.index("--model_name_or_path") + 1] = str(tmp_path / "other")
+    assert "was trained on another base" in refused(again, capsys)
+
+
 def test_a_full_disk_leaves_the_previous_save(flags, tmp_path: Path, monkeypatch, capsys) -> None:
     whole = Trainer._save_optimizer_and_scheduler
 
@@ -191,12 +215,18 @@ def test_what_cannot_be_is_said_in_one_line(flags, tiny_llm: Path, tmp_path: Pat
     assert "unknown" in error("--version", "no_such_template")
     assert "cannot be reached" in error("--global_batch_size", "3")
     assert "no such folder" in error("--model_name_or_path", str(tmp_path / "absent"))
-    assert "--vision-tower" in error("--model_name_or_path", str(tiny_llm))
+    plain = ["--model_name_or_path", str(tiny_llm), "--tune_mm_mlp_adapter", "True"]
+    assert "--vision-tower" in error(*plain)
     assert "no such file" in error("--data_path", str(tmp_path / "absent.json"))
     assert "no such folder" in error("--image_folder", str(tmp_path / "absent"))
     assert "patch size" in error("--image_size", "100")
     assert "no checkpoint of a run" in error("--resume_from_checkpoint", str(tmp_path))
     assert "text tokens" in error("--model_max_length", "20")
+    assert "not supported" in error("--fsdp", "full_shard")
+    assert "needs a launcher" in error("--deepspeed", str(tmp_path / "zero.json"))
+    assert "nothing is left to train" in error(
+        "--lora_enable", "False", "--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"
+    )
     assert "--report_to no_such_logger" in error("--report_to", "no_such_logger")
     (tmp_path / "run").mkdir(exist_ok=True)
     (tmp_path / "run" / "model.safetensors").touch()
