@@ -38,7 +38,7 @@ python -m geochat.data.verify "$OUT/data/train.json" --image-folder "$OUT/data/i
 step "3/7 fine-tune: nano from 84 px to 126 px, LoRA on the language model, projector trained: $OUT/adapter"
 python -m geochat.train.train \
     --model_name_or_path "$BASE" --image_size 126 --tune_mm_mlp_adapter True \
-    --lora_r 64 --lora_alpha 64 --learning_rate 1e-3 --mm_projector_lr 5e-4 \
+    --lora_r 64 --lora_alpha 64 --learning_rate 6e-4 --mm_projector_lr 3e-4 \
     --data_path "$OUT/data/train.json" --image_folder "$OUT/data/images" --output_dir "$OUT/adapter" \
     --num_train_epochs 1 --per_device_train_batch_size 16 --loss_normalization token --group_by_modality_length True \
     --gradient_checkpointing False --logging_steps 5 --save_steps 1000 --dataloader_num_workers 1

@@ -204,6 +204,10 @@ MIX = {
 }
 """How often a training conversation asks what."""
 
+DESCRIPTIONS = 0.15
+"""Share of the training records that ask for the description and nothing else: otherwise it would be asked at the end of
+a conversation only, and never first."""
+
 
 def conversation(scene: Scene, rng: np.random.Generator, turns: int) -> list[Question]:
     """Up to `turns` different questions on one scene, in random order, a description last.
@@ -233,9 +237,10 @@ def conversation(scene: Scene, rng: np.random.Generator, turns: int) -> list[Que
 def training_record(
     scene: Scene, identity: str, image: str, rng: np.random.Generator, turns: int
 ) -> dict[str, Any]:
-    """An instruction record (LLaVA layout) that asks `turns` questions about one scene."""
+    """An instruction record (LLaVA layout): up to `turns` questions about one scene, or its description alone."""
+    alone = rng.random() < DESCRIPTIONS
     said: list[Turn] = []
-    for question in conversation(scene, rng, turns):
+    for question in [Asker(scene, rng).grounding()] if alone else conversation(scene, rng, turns):
         start = f"{IMAGE_TOKEN}\n" if not said else ""
         said += [Turn("user", start + question.text), Turn("assistant", question.answer)]
     return Sample(identity, (image,), tuple(said)).to_record()
