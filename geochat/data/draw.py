@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -37,10 +36,11 @@ def draw_regions(
         regions: regions (one colour each, the phrase as label) or single boxes.
         labels: replaces the phrases, one for each entry of `regions`.
         truth: true regions or boxes, dashed in white beneath the others.
-        min_side: a smaller picture is enlarged to this shorter side first, so that labels stay readable.
+        min_side: a much smaller picture is enlarged by a whole factor to about this shorter side first, so that labels
+            stay readable.
     """
     canvas = image.convert("RGB")
-    scale = max(1, math.ceil(min_side / max(1, min(canvas.size))))
+    scale = max(1, round(min_side / max(1, min(canvas.size))))
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     stroke = max(2, round(min(canvas.size) / 220))
     font = _font(max(12, round(min(canvas.size) / 34)))
