@@ -38,9 +38,8 @@ def open_image(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
         raise ValueError(f"{name}: refused, {error}") from None
     except _Refused as error:
         raise ValueError(str(error)) from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise a dozen types on damaged files, RuntimeError among them
+    except Exception as error:
+        # Pillow's decoders raise a dozen types on damaged files, RuntimeError among them.
         raise ValueError(f"{name}: cannot be read as an image: {error}") from None
 
 

@@ -65,9 +65,7 @@ def example(key: str, runs: Sequence[Run], benchmark: Benchmark, image_folder: P
     except ValueError:
         if runs[0].answers[key].get("text") is not None:
             raise
-        image = Image.new(
-            "RGB", (PANEL, PANEL), "lightgray"
-        )  # the question could not be asked for this very reason
+        image = Image.new("RGB", (PANEL, PANEL), "lightgray")  # it could not be asked for this very reason
     truth = row[benchmark.truth.of(row, where)]
     boxes = runs[0].verdicts[key]["metric"] == "boxes"
     true_boxes = (

@@ -3,7 +3,7 @@
     python scripts/convert_checkpoint.py --source X --target Y --format hf|llava [--dtype float16] [--verify]
 
 One tensor is in memory at a time. Adapters come out merged into their base. `--verify` reads the result back and compares
-every tensor, and the logits on one picture and one text.
+every tensor.
 """
 
 from __future__ import annotations

@@ -29,6 +29,10 @@ WEIGHTS = "adapter_model.safetensors"
 EXTRA = "non_lora_trainables.safetensors"
 _LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
 _NVLABS = re.compile(r"\.weight_[mg]_wdecomp(?:\.default)?(?:\.weight)?$")
+_RUNNING = ("model.language_model.", "model.multi_modal_projector.", "model.vision_tower.")
+_NESTED_TOWER = (
+    "model.vision_tower.vision_tower."  # LLaVA's own name, which begins like one of the running model
+)
 _POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 
 
@@ -198,12 +202,8 @@ def _canonical(name: str, part: str) -> str:
     """A weight's name in an adapter, without PEFT's prefix, as the canonical key."""
     if part == "vision_tower":
         return "vision_tower.vision_model." + name.removeprefix("vision_model.")
-    ours = name.startswith(("model.language_model.", "model.multi_modal_projector."))
-    if (
-        not ours
-        and rename(name, CANONICAL, backwards=True) is None
-        and not name.startswith("model.vision_tower.")
-    ):
-        return rename(llama_name(name), LLAVA) or canonical_key(name)
-    old = "model.vision_tower.vision_tower."
-    return (rename(name, LLAVA) or name) if name.startswith(old) else canonical_key(name)
+    if rename(name, CANONICAL, backwards=True) is not None:  # llava-hf's names
+        return name
+    if name.startswith(_RUNNING) and not name.startswith(_NESTED_TOWER):
+        return canonical_key(name)
+    return rename(llama_name(name), LLAVA) or canonical_key(name)
