@@ -13,7 +13,7 @@ from geochat.model.adapter import AdapterSpec, BaseRecord, attach, save_adapter,
 from geochat.model.build import build_model
 from geochat.model.checkpoint import load, save_model
 from geochat.model.formats.adapters import read_adapter
-from geochat.model.merge import merge_adapter
+from geochat.model.merge import logit_gap, merge_adapter
 from geochat.model.weights import open_weights
 
 SPECS = {
@@ -57,6 +57,15 @@ def test_merged_model_equals_adapter_and_peft(base: Path, tmp_path: Path, name: 
     theirs = adapted.merge_and_unload()
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[key], value, atol=1e-6, rtol=0, msg=key)
+
+
+def test_gap_of_a_trained_model_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Trained weights have large logits, on which float32 arithmetic alone differs by more than the bound."""
+    model, processor = load("playground/nano", dtype=torch.float32)
+    make_adapter(model, processor, tmp_path / "a", SPECS["dora, projector"], BaseRecord.of("playground/nano"))
+    gap = merge_adapter(tmp_path / "a", None, tmp_path / "m", torch.float32)
+    assert 0 < gap < 1e-5
+    assert logit_gap("playground/nano", tmp_path / "m", dtype=torch.float32) > 0.1
 
 
 def test_untouched_tensors_are_copied_bit_for_bit(base: Path, tmp_path: Path) -> None:
