@@ -1,4 +1,4 @@
-"""Convert a checkpoint: --source X --target Y --format hf|llava [--dtype …] [--model-base …] [--vision-tower …]."""
+"""Convert a checkpoint: --source X --target Y --format hf|llava|peft|gguf; --help lists the rest."""
 
 from geochat.model.convert import main
 

@@ -8,7 +8,6 @@ under canonical names.
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +21,18 @@ from transformers import LlavaConfig
 from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
 from geochat.model.canonical import CANONICAL, canonical_key, rename
-from geochat.model.checkpoint import load, portable_config
+from geochat.model.checkpoint import load
+from geochat.model.export_adapter import write_folder
 from geochat.model.formats.adapters import EXTRA, WEIGHTS
 from geochat.model.open import recognise
 from geochat.model.processor import Processor
-from geochat.model.staging import staged
 from geochat.model.vision import freeze_tower
 from geochat.model.weights import (
     State,
     assert_same_keys,
     of_tensor,
     open_file,
-    read_header,
     read_json,
-    write_file,
 )
 
 # PEFT matches the whole name. Leaf names alone would also hit CLIP's q_proj, k_proj and v_proj.
@@ -118,24 +115,10 @@ def save_adapter(
     state: gathered tensors under the model's own names where the model is sharded (ZeRO-3).
     Raises ValueError when the folder cannot be written or holds a full model.
     """
-    folder = Path(folder)
-    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
-        raise ValueError(f"{folder}: holds a full model; save the adapter in a folder of its own")
     tensors = {key: of_tensor(value) for key, value in _adapter_tensors(model, state).items()}
     extra = _extra_tensors(model, state, with_projector=bool(base.vision_tower or base.projector))
     config = model.peft_config["default"].to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": str(base.model)}
-    dtype = next(iter(tensors.values())).dtype
-    with staged(folder) as staging:
-        write_file(staging / WEIGHTS, tensors)
-        if extra:
-            write_file(staging / EXTRA, extra)
-        processor.save(staging)
-        _write_json(staging / "adapter_config.json", config)
-        _write_json(staging / "config.json", portable_config(model.get_base_model().config, dtype))
-        base.write(staging)
-        written = {key: tuple(row["shape"]) for key, row in read_header(staging / WEIGHTS).items()}
-        assert_same_keys(tensors, written, f"{folder} (as written)")
+    write_folder(Path(folder), tensors, extra, config, model.get_base_model().config, processor, base)
 
 
 def load_adapter_state(model: PeftModel, folder: Path | str) -> None:
@@ -235,8 +218,3 @@ def _load_extra(base: nn.Module, extra: State, folder: Path) -> None:
             raise ValueError(f"{folder}: {key} is {list(entry.shape)}, the base has {list(place.shape)}")
         with torch.no_grad():
             place.copy_(entry.read())
-
-
-def _write_json(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, default=lambda item: sorted(item))
-    file.write_text(text + "\n", encoding="utf-8")

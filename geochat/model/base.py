@@ -6,8 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from transformers import LlavaConfig
+
 from geochat.model.checkpoint import fingerprint
-from geochat.model.weights import read_json
+from geochat.model.formats.adapters import Adapter
+from geochat.model.processor import Processor
+from geochat.model.weights import State, read_json
 
 FILE = "geochat_base.json"
 _PATHS = ("model", "vision_tower", "projector")
@@ -63,6 +67,25 @@ class BaseRecord:
         if self.fingerprint and base_fingerprint(record.model, record.vision_tower) != self.fingerprint:
             raise ValueError(f"{record.model}: not the base this adapter was trained on (its weights differ)")
         return record
+
+
+@dataclass(frozen=True)
+class OnBase:
+    """An adapter of any program beside its base, neither of them read yet."""
+
+    config: LlavaConfig
+    state: State
+    """The base's tensors, under canonical names."""
+    processor: Processor
+    adapter: Adapter
+    model: Path
+    """The base's folder."""
+    vision_tower: Path | None = None
+    """The CLIP folder, where the base was put together with one."""
+
+    def merged(self) -> tuple[LlavaConfig, State, Processor]:
+        """The whole model, merged when it is read."""
+        return self.config, self.adapter.applied(self.state), self.processor
 
 
 def base_fingerprint(model: Path | str, vision_tower: Path | str | None = None) -> str:

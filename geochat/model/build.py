@@ -23,6 +23,7 @@ from geochat.model.formats.internlm2 import Heads, from_internlm2
 from geochat.model.formats.llava import from_clip, from_llava
 from geochat.model.processor import PAD_TOKEN, Processor
 from geochat.model.projector import fresh_projector, read_projector
+from geochat.model.staging import unfinished
 from geochat.model.tokenizer import load_tokenizer
 from geochat.model.vision import grid_side, resample_positions
 from geochat.model.weights import (
@@ -296,5 +297,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder. Raises ValueError when there is none, or when it is damaged."""
     file = folder / "config.json"
     if not file.exists():
-        raise ValueError(f"{folder}: no checkpoint there (no config.json)")
+        why = "its save was stopped: run the command again" if unfinished(folder) else "no config.json"
+        raise ValueError(f"{folder}: no checkpoint there ({why})")
     return read_json(file)

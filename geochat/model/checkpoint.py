@@ -151,8 +151,14 @@ def write_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    resume: str | None = None,
+    progress: bool = False,
 ) -> None:
-    """Write a canonical folder from an unread table, one tensor in memory at a time; see `save_model`."""
+    """Write a canonical folder from an unread table, one tensor in memory at a time; see `save_model`.
+
+    resume: key of what is written (`geochat.model.convert.resume_key`): shards of an earlier call with the same key that
+    was killed are kept. progress: show a bar by tensor.
+    """
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds an adapter; save the full model in a folder of its own")
@@ -162,8 +168,8 @@ def write_checkpoint(
     shapes = expected_shapes(config)
     assert_same_keys(state, shapes, f"{folder} (to be written)")
     ordered = {key: state[key].to(dtype) for key in shapes}
-    with staged(folder) as staging:
-        write_weights(staging, ordered, max_shard_bytes)
+    with staged(folder, resume) as staging:
+        write_weights(staging, ordered, max_shard_bytes, str(folder) if progress else None)
         _write_json(staging / "config.json", portable_config(config, ordered[_EMBEDDINGS].dtype))
         generation = generation_config(config, processor).to_diff_dict()
         _write_json(staging / "generation_config.json", generation)

@@ -1,52 +1,136 @@
 """Any checkpoint of the family into another layout.
 
-    python scripts/convert_checkpoint.py --source X --target Y --format hf|llava [--dtype float16] [--verify]
+    python scripts/convert_checkpoint.py --source X --target Y --format hf|llava|peft [--dtype float16] [--verify]
 
-One tensor is in memory at a time. Adapters come out merged into their base. `--verify` reads the result back and compares
-every tensor.
+One tensor is in memory at a time. Adapters come out merged into their base, but for `--format peft`. A conversion that
+was killed goes on where it was when the command is given again. `--verify` reads the result back and compares every
+tensor, the token ids of a text, and the logits of a probe.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from geochat.errors import stop
+from geochat.model.base import OnBase
 from geochat.model.build import stored_dtype
+from geochat.model.canonical import instantiate
 from geochat.model.checkpoint import write_checkpoint
 from geochat.model.export import write_llava
-from geochat.model.open import Opened, open_model
-from geochat.model.weights import Entry, State
+from geochat.model.export_adapter import write_adapter
+from geochat.model.open import Opened, open_adapter, open_model, open_training_checkpoint, recognise
+from geochat.model.probe import largest_gap, probe_logits
+from geochat.model.weights import State, resume_key
 
-WRITERS = {"hf": write_checkpoint, "llava": write_llava}
+WRITERS: dict[str, Any] = {"hf": write_checkpoint, "llava": write_llava}
+FORMATS = (*WRITERS, "peft")
+_TEXT = "USER: Wo liegt der Hafen? ASSISTANT: {<12><34><56><78>|<9>}  « naïve » 港 "
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to convert, and what its files do not say."""
+
+    path: Path
+    base: Path | None = None
+    vision_tower: Path | None = None
+    image_size: int | None = None
+    llm_alpha: float | None = None
+    tower_alpha: float | None = None
+    allow_pickle: bool = False
+    """The last three are for XTuner's training checkpoints; see `geochat.model.formats.xtuner`."""
+
+    def on_base(self) -> OnBase:
+        """The adapter beside its base."""
+        places: dict[str, Any] = {
+            "base": self.base,
+            "vision_tower": self.vision_tower,
+            "image_size": self.image_size,
+        }
+        if self.is_training_checkpoint():
+            return open_training_checkpoint(
+                self.path,
+                **places,
+                llm_alpha=self.llm_alpha,
+                tower_alpha=self.tower_alpha,
+                trusted=self.allow_pickle,
+            )
+        if recognise(self.path) not in ("adapter", "xtuner"):
+            raise ValueError(f"{self.path}: is no adapter; --format peft takes adapters only")
+        return open_adapter(self.path, **places)
+
+    def open(self) -> Opened:
+        """The whole model, adapters merged when they are read."""
+        if self.is_training_checkpoint():
+            return self.on_base().merged()
+        return open_model(
+            self.path, base=self.base, vision_tower=self.vision_tower, image_size=self.image_size
+        )
+
+    def is_training_checkpoint(self) -> bool:
+        """Whether this is XTuner's `iter_N.pth`, a file or a folder of DeepSpeed's."""
+        return self.path.suffix == ".pth" and self.path.exists()
 
 
 def convert(
-    source: Path | str,
+    source: Source,
     target: Path | str,
     layout: str,
     *,
-    base: Path | str | None = None,
-    vision_tower: Path | str | None = None,
-    image_size: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Opened:
-    """Write `target` in the layout "hf" (canonical) or "llava"; returns what was read, as `open_model` does.
+    """Write `target` in one of the `FORMATS`; returns what was read, as `open_model` does.
 
     Raises ValueError: unreadable source, target that is the source or cannot be written.
     """
-    source, target = Path(source), Path(target)
-    if target.exists() and target.samefile(source):
+    target = Path(target)
+    if target.exists() and target.samefile(source.path):
         raise ValueError(f"{target}: is the source itself; name another folder for the result")
-    config, state, processor = open_model(source, base=base, vision_tower=vision_tower, image_size=image_size)
+    if layout == "peft":
+        adapter = source.on_base()
+        write_adapter(target, adapter, dtype=dtype)
+        return adapter.merged()
+    config, state, processor = source.open()
     dtype = dtype or stored_dtype(config)
-    with tqdm(total=len(state), desc=str(target), unit="tensor", disable=not progress, leave=False) as bar:
-        WRITERS[layout](target, config, _counted(state, bar), processor, dtype=dtype)
+    key = resume_key(state, [source.path, source.base, source.vision_tower], layout, dtype, source)
+    WRITERS[layout](target, config, state, processor, dtype=dtype, resume=key, progress=progress)
     return config, state, processor
+
+
+def verify(source: Opened, target: Path, dtype: torch.dtype | None, *, probe: bool = True) -> str:
+    """What was found equal when `target` is read back. Raises ValueError that names what differs.
+
+    dtype: to which the target was rounded; None: not at all. probe: run both models, one after the other.
+    """
+    config, state, processor = source
+    again = open_model(target, image_size=config.vision_config.image_size)
+    wrong = differences(state, again[1], dtype or torch.float32)
+    if wrong:
+        raise ValueError(f"{target}: {len(wrong)} tensors differ from the source ({', '.join(wrong[:3])})")
+    ours, theirs = (p.tokenizer(_TEXT).input_ids for p in (processor, again[2]))
+    if ours != theirs:
+        raise ValueError(f"{target}: its tokenizer makes other ids ({ours[:8]}…, {theirs[:8]}…)")
+    found = f"all {len(state)} tensors equal to the source, token ids too"
+    if not probe:
+        return found
+    rows = min(processor.image_token_id, processor.pad_token_id)
+    answers: list[list[torch.Tensor]] = []
+    for name, (model_config, table, own) in (("source", source), (str(target), again)):
+        model = instantiate(model_config, table, name, dtype=dtype or torch.float32)
+        answers.append(probe_logits(model, own))
+        del model
+    gap = largest_gap(answers[0], answers[1], rows)
+    if not gap <= 1e-5:
+        raise ValueError(
+            f"{target}: a logit differs from the source's by {gap:.3g} though the tensors are equal"
+        )
+    return f"{found}; largest logit gap {gap:.3g}"
 
 
 def differences(source: State, target: State, dtype: torch.dtype) -> list[str]:
@@ -61,66 +145,59 @@ def differences(source: State, target: State, dtype: torch.dtype) -> list[str]:
     return found
 
 
-def _counted(state: State, bar: tqdm) -> State:
-    def counted(entry: Entry) -> Entry:
-        def step(tensor: torch.Tensor) -> torch.Tensor:
-            bar.update()
-            return tensor
-
-        return entry.map(step)
-
-    return {key: counted(entry) for key, entry in state.items()}
+def parser() -> argparse.ArgumentParser:
+    """Flags of `scripts/convert_checkpoint.py`."""
+    flags = argparse.ArgumentParser(
+        prog="python scripts/convert_checkpoint.py", description=__doc__.splitlines()[0]
+    )
+    add = flags.add_argument
+    add("--source", type=Path, required=True, help="checkpoint folder of any layout, adapter, or iter_N.pth")
+    add("--target", type=Path, required=True, help="folder to write")
+    add(
+        "--format", choices=list(FORMATS), default="hf",
+        help="hf: for transformers, vLLM and geochat; llava: the original layout, for SGLang and older programs; "
+        "peft: an adapter as an adapter, for geochat and PEFT",
+    )  # fmt: skip
+    add("--model-base", type=Path, help="base of an adapter, where not where the adapter says")
+    add("--vision-tower", type=Path, help="CLIP folder of a model that does not hold its tower")
+    add("--image-size", type=int, help="resample the position table to this resolution")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    add("--verify", action="store_true", help="read the result back: compare tensors, token ids and logits")
+    add("--no-probe", action="store_true", help="with --verify: no logits (loads no whole model)")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="unpickle all of an iter_N.pth; the file can then run code",
+    )
+    add("--lora-alpha", type=float, help="of an iter_N.pth's language model (default: half of its rank)")
+    add("--vision-lora-alpha", type=float, help="of an iter_N.pth's tower (default: a quarter of its rank)")
+    return flags
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of `scripts/convert_checkpoint.py`."""
-    parser = argparse.ArgumentParser(
-        prog="python scripts/convert_checkpoint.py", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--source", type=Path, required=True, help="checkpoint folder of any layout, or adapter"
-    )
-    parser.add_argument("--target", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--format", choices=list(WRITERS), default="hf",
-        help="hf: for transformers, vLLM and geochat; llava: the original layout, for SGLang and older programs",
+    args = parser().parse_args(argv)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    source = Source(
+        args.source, args.model_base, args.vision_tower, args.image_size,
+        args.lora_alpha, args.vision_lora_alpha, args.allow_pickle,
     )  # fmt: skip
-    parser.add_argument(
-        "--model-base", type=Path, help="base of an adapter, where not where the adapter says"
-    )
-    parser.add_argument(
-        "--vision-tower", type=Path, help="CLIP folder of a model that does not hold its tower"
-    )
-    parser.add_argument("--image-size", type=int, help="resample the position table to this resolution")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    parser.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
-    args = parser.parse_args(argv)
     try:
-        config, state, _ = convert(
-            args.source,
-            args.target,
-            args.format,
-            base=args.model_base,
-            vision_tower=args.vision_tower,
-            image_size=args.image_size,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-        )
-        size = config.vision_config.image_size
-        dtype = getattr(torch, args.dtype) if args.dtype else stored_dtype(config)
-        total = sum(entry.to(dtype).nbytes for entry in state.values())
-        print(
-            f"{args.target}: {len(state)} tensors, {total / 1e9:.3g} GB in {dtype}, {size} px ({args.format})"
-        )
+        opened = convert(source, args.target, args.format, dtype=dtype)
+        config = opened[0]
+        print(f"{args.target}: {args.format}, {_size(args.target)}, {config.vision_config.image_size} px")
+        if args.format != "peft":
+            dtype = dtype or stored_dtype(config)
         if args.verify:
-            wrong = differences(state, open_model(args.target, image_size=size)[1], dtype)
-            if wrong:
-                raise ValueError(
-                    f"{args.target}: {len(wrong)} tensors differ from the source ({', '.join(wrong[:3])})"
-                )
-            print(f"verified: all {len(state)} tensors equal to the source")
+            print(f"verified: {verify(opened, args.target, dtype, probe=not args.no_probe)}")
     except ValueError as error:
         stop(error)
     return 0
+
+
+def _size(folder: Path) -> str:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.3g} GB"
 
 
 if __name__ == "__main__":

@@ -36,9 +36,12 @@ def write_llava(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    resume: str | None = None,
+    progress: bool = False,
 ) -> None:
     """Write the original layout from an unread canonical table, one tensor in memory at a time, atomically.
 
+    resume, progress: as in `geochat.model.checkpoint.write_checkpoint`.
     Raises ValueError: the model has no sentencepiece tokenizer, biases that the layout does not know, or the folder
     cannot be written.
     """
@@ -56,12 +59,12 @@ def write_llava(
     original = {key: entry.to(dtype) for key, entry in original_state(state, rows).items()}
     with staged(folder / tower) as staging:
         clip = {key: entry.to(dtype) for key, entry in clip_state(state).items()}
-        write_weights(staging, clip, max_shard_bytes)
+        write_weights(staging, clip, max_shard_bytes, str(folder / tower) if progress else None)
         vision = {**config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"]}
         _write_json(staging / "config.json", {**vision, "torch_dtype": _name(dtype)})
         _write_json(staging / "preprocessor_config.json", _clip_images(processor.image_size))
-    with staged(folder) as staging:
-        write_weights(staging, original, max_shard_bytes)
+    with staged(folder, resume) as staging:
+        write_weights(staging, original, max_shard_bytes, str(folder) if progress else None)
         _write_json(staging / "config.json", _config(config, rows, folder / tower, dtype))
         _write_json(
             staging / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -11,23 +11,17 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from geochat.errors import stop
 from geochat.model.base import BaseRecord
 from geochat.model.build import stored_dtype
 from geochat.model.checkpoint import load, write_checkpoint
 from geochat.model.open import open_model
-from geochat.model.processor import Processor
+from geochat.model.probe import largest_gap, probe_logits
 from geochat.model.staging import recover
-from geochat.model.weights import MAX_SHARD_BYTES
-
-_PROBE_TOKENS = 24
-_EXACT_PARAMETERS = 1_000_000_000  # above this a float64 copy asks for more memory than the merge itself
+from geochat.model.weights import MAX_SHARD_BYTES, resume_key
 
 
 def merge_adapter(
@@ -39,12 +33,14 @@ def merge_adapter(
     *,
     vision_tower: Path | str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
 ) -> float:
     """Write the canonical folder of base and adapter together; returns the largest logit gap between the two.
 
     base, vision_tower: where the base is now; None: where the adapter says it is.
     dtype: of the merged weights; None: that of the base. probe: run both models on one image and one text; without
-    it the gap is not measured (NaN), and the models are never loaded as a whole.
+    it the gap is not measured (NaN), and the models are never loaded as a whole. progress: show a bar by tensor.
+    A merge that was killed goes on where it was when it is called again.
     Raises ValueError: wrong base (shapes or fingerprint), adapter of an unsupported kind, output not writable.
     """
     adapter, output = Path(adapter), Path(output)
@@ -59,7 +55,17 @@ def merge_adapter(
             )
     config, state, processor = open_model(adapter, base=base, vision_tower=vision_tower)
     dtype = dtype or stored_dtype(config)
-    write_checkpoint(output, config, state, processor, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    key = resume_key(state, [adapter], "merged", dtype, max_shard_bytes)
+    write_checkpoint(
+        output,
+        config,
+        state,
+        processor,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        resume=key,
+        progress=progress,
+    )
     return logit_gap(adapter, output, base, vision_tower, dtype) if probe else math.nan
 
 
@@ -70,50 +76,14 @@ def logit_gap(
     vision_tower: Path | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """Largest difference of a logit between adapter and merged model, over a text with and one without an image.
-
-    float32 weights are compared in float64 arithmetic (up to a billion parameters), so that the gap is what merging
-    changed: in float32 two equal models that multiply in another order differ by 1e-5 of their largest logit already.
-    """
+    """Largest difference of a logit between adapter and merged model, over a text with and one without an image."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     answers = []
     for path, options in ((adapter, {"base": base, "vision_tower": vision_tower}), (merged, {})):
         model, processor = load(path, dtype=dtype, device=device, **options)  # type: ignore[arg-type]
-        if model.dtype == torch.float32 and model.num_parameters() < _EXACT_PARAMETERS:
-            _to_float64(model)
-        answers.append(_probe(model, processor, device))
+        answers.append(probe_logits(model, processor))
         del model
-    return max((a - b).abs().max().item() for a, b in zip(*answers, strict=True))
-
-
-def _to_float64(model: Any) -> None:
-    """Compute everything in float64, also the norms, which transformers would compute in float32."""
-
-    def norm(module: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        weight = module.weight
-        return functional.rms_norm(inputs[0], weight.shape, weight, module.variance_epsilon)
-
-    model.double()
-    for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.register_forward_hook(norm)
-
-
-def _probe(model: Any, processor: Processor, device: str) -> list[Tensor]:
-    """Logits of the last positions of two inputs drawn from a fixed seed."""
-    draw = torch.Generator().manual_seed(0)
-    text = torch.randint(3, len(processor.tokenizer) - 2, (1, _PROBE_TOKENS), generator=draw)
-    side = processor.image_size
-    pixels = torch.randn(1, 3, side, side, generator=draw).to(device, model.dtype)
-    image = torch.full((1, processor.image_tokens), processor.image_token_id)
-    with torch.inference_mode():
-        seen = model(
-            input_ids=torch.cat([image, text], 1).to(device),
-            pixel_values=pixels,
-            logits_to_keep=_PROBE_TOKENS,
-        )
-        read = model(input_ids=text.to(device), logits_to_keep=_PROBE_TOKENS)
-    return [seen.logits.double().cpu(), read.logits.double().cpu()]
+    return largest_gap(answers[0], answers[1])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             dtype,
             not args.no_probe,
             vision_tower=args.vision_tower,
+            progress=True,
         )
     except ValueError as error:
         stop(error)

@@ -10,9 +10,10 @@ from pathlib import Path
 from transformers import LlavaConfig
 
 from geochat.model.base import FILE as BASE_FILE
-from geochat.model.base import BaseRecord
+from geochat.model.base import BaseRecord, OnBase
 from geochat.model.build import GEOCHAT_SIZE, local_folder, read_config, read_parts
 from geochat.model.checkpoint import read_checkpoint
+from geochat.model.formats import xtuner
 from geochat.model.formats.adapters import read_adapter
 from geochat.model.formats.internlm2 import Heads
 from geochat.model.processor import Processor
@@ -21,17 +22,18 @@ from geochat.model.weights import State, read_json
 Opened = tuple[LlavaConfig, State, Processor]
 
 _PROJECTOR = "multi_modal_projector."
-_XTUNER_PARTS = ("llm_adapter", "visual_encoder_adapter", "visual_encoder", "projector")
 
 
 def recognise(path: Path) -> str:
     """What a folder is: "canonical", "adapter", "llava" (original layout), "llm", "clip", "xtuner" or "projector".
 
-    Raises ValueError when it is none of them.
+    "pth" is XTuner's training checkpoint. Raises ValueError when it is none of them.
     """
+    if path.suffix == ".pth" and path.exists():
+        return "pth"
     if (path / "adapter_config.json").exists():
         return "adapter"
-    if any((path / part).is_dir() for part in _XTUNER_PARTS) and not (path / "model.safetensors").exists():
+    if any((path / part).is_dir() for part in xtuner.PARTS) and not (path / "model.safetensors").exists():
         return "xtuner"
     config = read_config(path)
     kind = config.get("model_type")
@@ -65,14 +67,68 @@ def open_model(
         return read_checkpoint(path, image_size)
     if kind == "llava":
         return _whole(read_parts(path, vision_tower, image_size=image_size, seed=None), path)
-    if kind == "adapter":
-        return _whole(_with_adapter(path, base, vision_tower, image_size), path)
-    if kind == "xtuner":
-        return _whole(_xtuner(path, base, vision_tower, image_size), path)
+    if kind in ("adapter", "xtuner"):
+        opened = open_adapter(path, base=base, vision_tower=vision_tower, image_size=image_size)
+        return _whole(opened.merged(), path)
+    if kind == "pth":
+        raise ValueError(
+            f"{path}: is a training checkpoint of XTuner; convert it with scripts/convert_checkpoint.py, then name the result"
+        )
     wanted = {"llm": "a language model", "clip": "a vision tower", "projector": "a projector"}[kind]
     raise ValueError(
         f"{path}: is {wanted} alone, not a model that sees; train with it, or name the whole model"
     )
+
+
+def open_adapter(
+    path: Path | str,
+    *,
+    base: Path | str | None = None,
+    vision_tower: Path | str | None = None,
+    image_size: int | None = None,
+) -> OnBase:
+    """An adapter folder of any program, beside its base; arguments and errors as for `open_model`."""
+    path = Path(path)
+    if (path / BASE_FILE).exists():
+        return _own_adapter(path, base, vision_tower, image_size)
+    if recognise(path) == "xtuner":
+        return _xtuner_folder(path, base, vision_tower, image_size)
+    base = _base(path, path, base)
+    own = read_config(path) if (path / "config.json").exists() else {}
+    if image_size is None and own.get("model_type") == "geochat":
+        image_size = GEOCHAT_SIZE
+    adapter = read_adapter(path, _heads(base))
+    if recognise(base) == "llm":  # LoRA on a plain LLM, its projector trained beside
+        tower = Path(vision_tower) if vision_tower else local_folder(path, own.get("mm_vision_tower"))
+        opened = read_parts(base, tower, image_size=image_size, seed=None)
+        return OnBase(*opened, adapter, base, tower)
+    opened = open_model(base, vision_tower=vision_tower, image_size=image_size)
+    return OnBase(*opened, adapter, base, Path(vision_tower) if vision_tower else None)
+
+
+def open_training_checkpoint(
+    path: Path | str,
+    *,
+    base: Path | str | None,
+    vision_tower: Path | str | None = None,
+    image_size: int | None = None,
+    llm_alpha: float | None = None,
+    tower_alpha: float | None = None,
+    trusted: bool = False,
+) -> OnBase:
+    """XTuner's `iter_N.pth` beside its base, which the file does not name.
+
+    llm_alpha, tower_alpha, trusted: see `geochat.model.formats.xtuner`; the others as for `open_model`.
+    """
+    path = Path(path)
+    if base is None:
+        raise ValueError(f"{path}: does not name its base; say where it is with --model-base")
+    base = _base(path, path, base)
+    adapter = xtuner.read_training_checkpoint(
+        path, _heads(base), llm_alpha=llm_alpha, tower_alpha=tower_alpha, trusted=trusted
+    )
+    opened = read_parts(base, vision_tower, image_size=image_size, seed=None)
+    return OnBase(*opened, adapter, base, Path(vision_tower) if vision_tower else None)
 
 
 def _whole(opened: Opened, path: Path) -> Opened:
@@ -83,31 +139,22 @@ def _whole(opened: Opened, path: Path) -> Opened:
     return opened
 
 
-def _with_adapter(
-    path: Path, base: Path | str | None, vision_tower: Path | str | None, image_size: int | None
-) -> Opened:
-    if (path / BASE_FILE).exists():
-        return _own_adapter(path, base, vision_tower, image_size)
-    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    base = Path(base) if base is not None else local_folder(path, named)
-    if base is None:
-        raise ValueError(f"{path}: its base {named} is not on this disk; say where it is with --model-base")
-    if not Path(base).is_dir():
-        raise ValueError(f"--model-base {base}: no such folder")
-    own = read_config(path) if (path / "config.json").exists() else {}
-    if image_size is None and own.get("model_type") == "geochat":
-        image_size = GEOCHAT_SIZE
-    if recognise(Path(base)) == "llm":  # LoRA on a plain LLM, its projector trained beside
-        tower = vision_tower or local_folder(path, own.get("mm_vision_tower"))
-        config, state, processor = read_parts(base, tower, image_size=image_size, seed=None)
-    else:
-        config, state, processor = open_model(base, vision_tower=vision_tower, image_size=image_size)
-    return config, read_adapter(path, _heads(Path(base))).applied(state), processor
+def _base(path: Path, adapter: Path, given: Path | str | None, flag: str = "--model-base") -> Path:
+    """The folder that `flag` gives, or that an adapter_config.json names."""
+    if given is not None:
+        if not Path(given).is_dir():
+            raise ValueError(f"{flag} {given}: no such folder")
+        return Path(given)
+    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    found = local_folder(path, named) or local_folder(path.parent, named)
+    if found is None:
+        raise ValueError(f"{adapter}: its base {named} is not on this disk; say where it is with {flag}")
+    return found
 
 
 def _own_adapter(
     path: Path, base: Path | str | None, vision_tower: Path | str | None, image_size: int | None
-) -> Opened:
+) -> OnBase:
     """An adapter of this project knows its base's parts and fingerprint, and carries its processor."""
     record = BaseRecord.read(path).moved_to(base, vision_tower)
     own = LlavaConfig.from_dict(read_config(path))
@@ -118,10 +165,8 @@ def _own_adapter(
         )
     else:
         config, state, _ = open_model(record.model, image_size=size)
-    # The projector of a base that was built from parts came with the adapter.
-    adapter = read_adapter(path)
-    state |= {key: entry for key, entry in adapter.replaced.items() if key.startswith(_PROJECTOR)}
-    return config, adapter.applied(state), Processor.load(path).with_image_size(size)
+    processor = Processor.load(path).with_image_size(size)
+    return OnBase(config, state, processor, read_adapter(path), record.model, record.vision_tower)
 
 
 def _heads(base: Path) -> Heads | None:
@@ -130,33 +175,19 @@ def _heads(base: Path) -> Heads | None:
     return Heads.of(source) if source.get("model_type") == "internlm2" else None
 
 
-def _xtuner(
+def _xtuner_folder(
     path: Path, base: Path | str | None, vision_tower: Path | str | None, image_size: int | None
-) -> Opened:
+) -> OnBase:
     """XTuner's converted folder: LoRA on the LLM, LoRA on the tower or the tower itself, and the projector."""
-    llm, tower = path / "llm_adapter", path / "visual_encoder_adapter"
-    if base is None and llm.is_dir():
-        named = read_json(llm / "adapter_config.json")["base_model_name_or_path"]
-        base = local_folder(path, named) or local_folder(path.parent, named)
-        if base is None:
-            raise ValueError(
-                f"{llm}: its base {named} is not on this disk; say where it is with --model-base"
-            )
-    elif base is None:
+    llm, tower = path / xtuner.LLM, path / xtuner.TOWER
+    if base is not None or llm.is_dir():
+        base = _base(path, llm, base)
+    else:
         base = path  # the language model was trained as a whole and lies here
-    if vision_tower is None and (path / "visual_encoder").is_dir():
-        vision_tower = path / "visual_encoder"
+    if vision_tower is None and (path / xtuner.WHOLE_TOWER).is_dir():
+        vision_tower = path / xtuner.WHOLE_TOWER
     if vision_tower is None and tower.is_dir():
-        named = read_json(tower / "adapter_config.json")["base_model_name_or_path"]
-        vision_tower = local_folder(path, named) or local_folder(path.parent, named)
-        if vision_tower is None:
-            raise ValueError(f"{tower}: its base {named} is not on this disk; give it with --vision-tower")
-    projector = path / "projector"
-    config, state, processor = read_parts(
-        base, vision_tower, projector if projector.is_dir() else None, image_size=image_size, seed=None
-    )
-    if llm.is_dir():
-        state = read_adapter(llm, _heads(Path(base))).applied(state)
-    if tower.is_dir():
-        state = read_adapter(tower, part="vision_tower").applied(state)
-    return config, state, processor
+        vision_tower = _base(path, tower, None, "--vision-tower")
+    opened = read_parts(base, vision_tower, image_size=image_size, seed=None)
+    adapter = xtuner.read_folder(path, _heads(base))
+    return OnBase(*opened, adapter, base, Path(vision_tower) if vision_tower else None)

@@ -3,6 +3,9 @@
 Everything is written and checked in a hidden folder beside its place. Renaming that folder is the commit: before it
 the old files are untouched; after it, moving the files up needs no disk space, and if the process is killed in
 between, the next save or load of the folder finishes the move (`recover`).
+
+Work that takes minutes gives a key of what it writes from and how. The hidden folder then outlives a kill or a full
+disk, and the next save with the same key finds in it what was complete.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 
 _STAGING = ".saving"
 _COMMITTED = ".saved"
+_RESUME = "resume.txt"  # in the hidden folder: the key of the work that was stopped
 _KEPT = "weights.txt"  # in the committed folder: the weight files that this save consists of
 # Weight files of an earlier save that the new one may not have written again.
 _OWN_WEIGHTS = (
@@ -28,32 +32,50 @@ _OWN_WEIGHTS = (
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to write into; on success its files replace those of `folder`, atomically.
+def staged(folder: Path, resume: str | None = None) -> Iterator[Path]:
+    """Yields a folder to write into; on success its files replace those of `folder`, atomically.
 
-    Files of `folder` that the save does not write stay, except weights of an earlier save. On an exception nothing
-    of `folder` has changed. Errors of the file system (disk full, no permission) become one ValueError line.
+    The folder is empty, unless `resume` is the key of an earlier save that did not come to its end. Files of `folder`
+    that the save does not write stay, except weights of an earlier save. On an exception nothing of `folder` has
+    changed. Errors of the file system (disk full, no permission) become one ValueError line.
     """
     staging = folder / _STAGING
+    marker = staging / _RESUME
+    stopped = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         recover(folder)
-        shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
-        staging.mkdir()
+        if resume is None or not marker.exists() or marker.read_text() != resume:
+            shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
+        staging.mkdir(exist_ok=True)
+        if resume is not None:
+            marker.write_text(resume)
         yield staging
+        marker.unlink(missing_ok=True)
         weights = [file.name for file in staging.iterdir() if _is_weight(file.name)]
         (staging / _KEPT).write_text("\n".join(weights))
         _flush_files(staging)
         staging.rename(folder / _COMMITTED)
     except OSError as error:
+        stopped = True
         reason = error.strerror or error
-        raise ValueError(f"{folder}: not saved ({reason}); the previous save is unchanged") from error
+        again = "; the same command goes on from here" if resume is not None else ""
+        raise ValueError(f"{folder}: not saved ({reason}); the previous save is unchanged{again}") from error
+    except KeyboardInterrupt:
+        stopped = True
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if resume is None or not stopped:
+            shutil.rmtree(staging, ignore_errors=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     _flush(folder)
     recover(folder)
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a save of this folder was stopped before its commit."""
+    return (folder / _STAGING).is_dir()
 
 
 def recover(folder: Path) -> None:

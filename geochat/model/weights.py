@@ -6,8 +6,10 @@ one tensor at a time. Reading: safetensors and (with `weights_only=True`) PyTorc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -41,6 +44,8 @@ class Entry:
     read: Callable[[], Tensor]
     peek: Callable[[int, int], Tensor] | None = None
     """Some of the values, flat, without reading the others; None where the whole tensor is at hand anyway."""
+    file: Path | None = None
+    """Where the tensor, or what it is computed from, lies on disk."""
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +62,7 @@ class Entry:
         dtype: torch.dtype | None = None,
     ) -> Entry:
         """The entry whose tensor is `change(tensor)`, still unread; the new shape and dtype are stated here."""
-        return Entry(shape or self.shape, dtype or self.dtype, lambda: change(self.read()))
+        return Entry(shape or self.shape, dtype or self.dtype, lambda: change(self.read()), file=self.file)
 
     def to(self, dtype: torch.dtype | None) -> Entry:
         """The same entry rounded to `dtype` when it is read (None: as stored)."""
@@ -84,9 +89,9 @@ def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
     return value
 
 
-def of_tensor(tensor: Tensor) -> Entry:
-    """An entry for a tensor that is in memory already."""
-    return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def of_tensor(tensor: Tensor, file: Path | None = None) -> Entry:
+    """An entry for a tensor that is in memory, or mapped from a file."""
+    return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor, file=file)
 
 
 def open_weights(folder: Path) -> State:
@@ -146,7 +151,7 @@ def open_file(file: Path) -> State:
         raise ValueError(f"{file}: cannot be read as plain tensors ({reason})") from None
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file}: holds a {type(loaded).__name__}, not a table of tensors")
-    return {key: of_tensor(value) for key, value in loaded.items() if isinstance(value, Tensor)}
+    return {key: of_tensor(value, file) for key, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _open_safetensors(file: Path) -> State:
@@ -169,7 +174,7 @@ def _open_safetensors(file: Path) -> State:
                     raise ValueError(f"{file}: cut short while reading {key}")
             return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
-        return Entry(shape, dtype, lambda: peek(0, math.prod(shape)).reshape(shape), peek)
+        return Entry(shape, dtype, lambda: peek(0, math.prod(shape)).reshape(shape), peek, file)
 
     return {key: entry(key) for key in header}
 
@@ -194,9 +199,9 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def write_file(file: Path, state: State) -> None:
-    """One safetensors file, written tensor by tensor."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def plan_header(state: State) -> dict[str, dict[str, Any]]:
+    """The table that a safetensors file of these tensors, one after the other, begins with; see `read_header`."""
+    header: dict[str, dict[str, Any]] = {}
     offset = 0
     for key, entry in state.items():
         span = [offset, offset + entry.nbytes]
@@ -206,6 +211,12 @@ def write_file(file: Path, state: State) -> None:
             "data_offsets": span,
         }
         offset = span[1]
+    return header
+
+
+def write_file(file: Path, state: State, progress: Callable[[], object] = lambda: None) -> None:
+    """One safetensors file, written tensor by tensor, after each of which `progress` is called."""
+    header = {"__metadata__": {"format": "pt"}, **plan_header(state)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data to start on a multiple of 8
     with file.open("wb") as stream:
@@ -218,12 +229,17 @@ def write_file(file: Path, state: State) -> None:
                     f"{key}: announced {entry.shape} {entry.dtype}, is {tuple(tensor.shape)} {tensor.dtype}"
                 )
             stream.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            progress()
 
 
-def write_weights(folder: Path, state: State, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
+def write_weights(
+    folder: Path, state: State, max_shard_bytes: int = MAX_SHARD_BYTES, title: str | None = None
+) -> list[str]:
     """`model.safetensors`, or numbered shards with their index when it would exceed `max_shard_bytes`.
 
-    Returns the names written. Holds one tensor in memory at a time.
+    title: of a progress bar by tensor; None: no bar. Returns the names written. Holds one tensor in memory at a time.
+    A shard that is there already, with just these tensors, is kept: each is written under another name and then
+    renamed, so that it is there whole or not at all.
     """
     shards: list[State] = [{}]
     filled = 0
@@ -233,18 +249,43 @@ def write_weights(folder: Path, state: State, max_shard_bytes: int = MAX_SHARD_B
             filled = 0
         shards[-1][key] = entry
         filled += entry.nbytes
-    if len(shards) == 1:
-        write_file(folder / "model.safetensors", state)
-        return ["model.safetensors"]
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        write_file(folder / name, shard)
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    with tqdm(total=len(state), desc=title, unit="tensor", disable=title is None, leave=False) as bar:
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(folder / name, shard, bar)
+    if len(shards) == 1:
+        return names
     index = {
         "metadata": {"total_size": sum(entry.nbytes for entry in state.values())},
         "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     return [*names, "model.safetensors.index.json"]
+
+
+def resume_key(state: State, folders: Iterable[Path | str | None], *settings: object) -> str:
+    """A hash of the files that a table and its configuration are read from (name, size, time) and of the settings: a
+    stopped write may go on while it stays the same."""
+    files = {entry.file for entry in state.values() if entry.file is not None}
+    for folder in folders:
+        if folder is not None and Path(folder).is_dir():
+            files |= {file for file in Path(folder).iterdir() if file.is_file()}
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    names = [(key, entry.shape, str(entry.dtype)) for key, entry in state.items()]
+    return hashlib.sha256(repr((stats, names, [str(value) for value in settings])).encode()).hexdigest()
+
+
+def _write_shard(file: Path, shard: State, bar: tqdm) -> None:
+    if file.exists() and list(read_header(file).items()) == list(plan_header(shard).items()):
+        bar.update(len(shard))
+        return
+    partial = file.with_name(f"{file.name}.partial")
+    write_file(partial, shard, bar.update)
+    with partial.open("rb") as stream:  # a power cut must not leave a renamed file without its data
+        os.fsync(stream.fileno())
+    partial.replace(file)
 
 
 def assert_same_keys(found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -33,6 +33,7 @@ _RUNNING = ("model.language_model.", "model.multi_modal_projector.", "model.visi
 _NESTED_TOWER = (
     "model.vision_tower.vision_tower."  # LLaVA's own name, which begins like one of the running model
 )
+_PROJECTOR = "multi_modal_projector."
 _POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 
 
@@ -78,7 +79,10 @@ class Adapter:
             if key == _POSITIONS and key in state and entry.shape != state[key].shape:
                 resample = partial(resample_positions, side=math.isqrt(state[key].shape[0] - 1))
                 entry = entry.to(torch.float32).map(resample, state[key].shape)
-            self._check(key in state and state[key].shape == entry.shape, key, state)
+            brought = (
+                key.startswith(_PROJECTOR) and key not in state
+            )  # trained on a language model that had none
+            self._check(brought or (key in state and state[key].shape == entry.shape), key, state)
             merged[key] = entry
         for key, update in self.updates.items():
             fits = update.magnitude is None or math.prod(update.magnitude.shape) == update.shape[0]
