@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
 )
 
 from geochat.data.sample import IMAGE_TOKEN
@@ -71,7 +72,7 @@ def build_model(
     projector: Path | str | None = None,
     *,
     image_size: int | None = 504,
-    template: str = "vicuna_v1",
+    template: str | None = None,
     dtype: torch.dtype | None = None,
     feature_layer: int | list[int] | None = None,
     device: str = "cpu",
@@ -112,7 +113,7 @@ def read_parts(
     projector: Path | str | None = None,
     *,
     image_size: int | None = 504,
-    template: str = "vicuna_v1",
+    template: str | None = None,
     feature_layer: int | list[int] | None = None,
     seed: int | None = 0,
 ) -> tuple[LlavaConfig, State, Processor]:
@@ -125,6 +126,7 @@ def read_parts(
         `mm_vision_tower` of config.json names, there or beside the LLM folder.
     image_size: None: 504 for GeoChat, else the tower's own.
     projector: `mm_projector.bin`, a safetensors file, or a folder with either; None: LLaVA's own, or a fresh one.
+    template: name of a chat template; None: the one that the special tokens of the language model are made for.
     feature_layer: hidden state(s) of the tower that the projector sees; None: what the LLM folder says, else -2.
     seed: of a fresh projector, where the folders hold none; None: make none, the table returned then has none.
 
@@ -187,7 +189,7 @@ def read_parts(
         state |= fresh_projector(config, seed)
     processor = Processor(
         tokenizer=tokenizer,
-        template=get_template(template),
+        template=get_template(template or _usual_template(tokenizer, source["model_type"])),
         image_size=image_size,
         patch_size=vision_config.patch_size,
         image_token_id=image_id,
@@ -195,6 +197,15 @@ def read_parts(
         sentencepiece=(llm / "tokenizer.model").read_bytes() if (llm / "tokenizer.model").exists() else None,
     )
     return config, state, processor
+
+
+def _usual_template(tokenizer: PreTrainedTokenizerFast, model_type: str) -> str:
+    """The template whose role marks the tokenizer knows as single tokens; Vicuna's writes its roles as words."""
+    if tokenizer.backend_tokenizer.token_to_id("<|start_header_id|>") is not None:
+        return "llama_3"
+    if tokenizer.backend_tokenizer.token_to_id("<|im_start|>") is not None:
+        return "internlm2_chat" if model_type == "internlm2" else "chatml"
+    return "vicuna_v1"
 
 
 def stored_dtype(config: Any) -> torch.dtype:

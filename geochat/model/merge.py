@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from geochat.errors import stop
-from geochat.model.base import BaseRecord
 from geochat.model.build import stored_dtype
 from geochat.model.checkpoint import load, write_checkpoint
-from geochat.model.open import open_model
+from geochat.model.formats import xtuner
+from geochat.model.open import open_adapter
 from geochat.model.probe import largest_gap, probe_logits
 from geochat.model.staging import recover
 from geochat.model.weights import MAX_SHARD_BYTES, resume_key
@@ -44,16 +44,17 @@ def merge_adapter(
     Raises ValueError: wrong base (shapes or fingerprint), adapter of an unsupported kind, output not writable.
     """
     adapter, output = Path(adapter), Path(output)
-    if not (adapter / "adapter_config.json").exists():
+    foreign = not (adapter / "adapter_config.json").exists()
+    if foreign and not any((adapter / part).is_dir() for part in xtuner.PARTS):
         raise ValueError(f"{adapter}: no adapter folder (it has no adapter_config.json)")
     recover(adapter)
-    record = BaseRecord.read(adapter)
-    for part in (adapter, base, vision_tower, record.model, record.vision_tower):
-        if part and Path(part).exists() and output.exists() and output.samefile(part):
+    opened = open_adapter(adapter, base=base, vision_tower=vision_tower)
+    for part in (adapter, opened.model, opened.vision_tower):
+        if part and part.exists() and output.exists() and output.samefile(part):
             raise ValueError(
                 f"{output}: is {part}, which the merge reads; name another folder for the result"
             )
-    config, state, processor = open_model(adapter, base=base, vision_tower=vision_tower)
+    config, state, processor = opened.merged()
     dtype = dtype or stored_dtype(config)
     key = resume_key(state, [adapter], "merged", dtype, max_shard_bytes)
     write_checkpoint(

@@ -42,7 +42,8 @@ class ModelArguments:
     pretrain_mm_mlp_adapter: str | None = None
     """Projector file (`mm_projector.bin` or safetensors) that replaces the model's own."""
     version: str | None = None
-    """Chat template; default: the checkpoint's own, or `vicuna_v1` for a model built from parts."""
+    """Chat template; default: the checkpoint's own, or for a model built from parts the one that the language model's
+    special tokens are made for (`vicuna_v1` where it has none)."""
     image_size: int | None = None
     """Pixels per side. Default: the folder's own, or 504 for a model built from parts."""
     mm_vision_select_layer: int | None = None

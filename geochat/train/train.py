@@ -138,7 +138,7 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             tower,
             projector,
             image_size=model_args.image_size or 504,
-            template=model_args.version or "vicuna_v1",
+            template=model_args.version,
             dtype=dtype,
             feature_layer=model_args.mm_vision_select_layer,
             attn_implementation=model_args.attn_implementation,
