@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         _, state, _ = open_model(args.model_path, base=args.model_base, vision_tower=args.vision_tower)
         partial = args.output.with_name(f"{args.output.name}.partial")
         try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
             write_file(partial, projector_of(state))
             partial.replace(args.output)
         except OSError as error:

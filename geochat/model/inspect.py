@@ -13,6 +13,7 @@ from pathlib import Path
 
 from geochat.errors import stop
 from geochat.model.base import FILE as BASE_FILE
+from geochat.model.formats import xtuner
 from geochat.model.open import Opened, open_model, recognise
 from geochat.model.weights import State, open_files, open_weights, read_json
 
@@ -24,6 +25,7 @@ KINDS = {
     "clip": "vision tower alone",
     "xtuner": "XTuner's converted folder",
     "projector": "projector alone (first stage)",
+    "pth": "XTuner's training checkpoint",
 }
 PARTS = {
     "language_model.": "language model",
@@ -42,6 +44,8 @@ def describe(
     rows: Rows = [("kind", KINDS[kind])]
     if kind == "adapter":
         rows += _adapter(path)
+    if kind == "pth":
+        return _training_checkpoint(path, rows)
     if kind in ("llm", "clip", "projector"):
         files = sorted(path.glob("mm_projector.*"))
         return rows + _sizes(
@@ -67,6 +71,15 @@ def _adapter(path: Path) -> Rows:
         ("written by", "geochat" if ours else "another program (it comes out merged)"),
         ("base", str(named)),
     ]
+
+
+def _training_checkpoint(path: Path, rows: Rows) -> tuple[Rows, str | None]:
+    try:
+        tensors = xtuner.training_tensors(path)
+    except ValueError as error:
+        return rows, str(error)
+    names = {"llm.": "language model", "visual_encoder.": "vision tower", "projector.": "projector"}
+    return rows + _sizes(tensors, names), "convert it with scripts/convert_checkpoint.py --model-base BASE"
 
 
 def _model(opened: Opened) -> Rows:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -326,3 +328,46 @@ def test_extracted_projector(assets: Path, tmp_path: Path, refused) -> None:
     for key, entry in read_projector(file).items():
         assert torch.equal(entry.read(), state[key].read())
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+SAVE_WITH_DEEPSPEED = """
+import sys
+import deepspeed, torch
+deepspeed.init_distributed("gloo")
+model = torch.nn.Module()
+for name, tensor in torch.load(sys.argv[1], weights_only=True)["state_dict"].items():
+    place = model
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(place, part):
+            place.add_module(part, torch.nn.Module())
+        place = getattr(place, part)
+    place.register_parameter(last, torch.nn.Parameter(tensor.float()))
+engine, *_ = deepspeed.initialize(
+    model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+    config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
+)
+engine.save_checkpoint(sys.argv[2], tag="iter_10.pth", exclude_frozen_parameters=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
+def test_xtuner_checkpoint_that_deepspeed_split(assets: Path, tmp_path: Path, convert, refused) -> None:
+    pytest.importorskip("deepspeed")
+    golden = assets / "golden"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0",
+             "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # fmt: skip
+    command = [sys.executable, "-c", SAVE_WITH_DEEPSPEED, str(golden / "xtuner/iter_10.pth"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **alone})
+    assert (tmp_path / "iter_10.pth").is_dir()
+    arguments = ["--source", str(tmp_path / "iter_10.pth"), "--target", str(tmp_path / "x"), "--dtype", "float32",
+                 "--model-base", str(golden / "llava_tiny"), "--vision-tower", str(golden / "clip-vit-tiny-patch14-336")]  # fmt: skip
+    assert "set of pickles" in refused(convert, arguments)
+    assert convert([*arguments, "--allow-pickle", "--verify"]) == 0
+    converted = open_model(golden / "xtuner/converted", base=golden / "llava_tiny")[1]
+    assert same(open_model(tmp_path / "x")[1], converted, torch.float32)

@@ -41,3 +41,12 @@ def test_what_is_missing_is_said(
     assert "give its CLIP folder with --vision-tower" in capsys.readouterr().out
     assert main([str(copy), "--vision-tower", str(assets / "golden/clip-vit-tiny-patch14-336")]) == 0
     assert "no checkpoint there" in refused(main, [str(tmp_path)])
+
+
+def test_a_training_checkpoint_of_xtuner(assets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(assets / "golden/xtuner/iter_10.pth")]) == 1
+    said = capsys.readouterr().out
+    assert "XTuner's training checkpoint" in said
+    assert "language model  28 tensors" in said
+    assert "vision tower  48 tensors" in said
+    assert "--model-base" in said

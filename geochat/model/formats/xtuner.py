@@ -52,7 +52,7 @@ def read_training_checkpoint(
     trusted: unpickle everything, which can run code of the file; without it only tensors and plain containers are read.
     Raises ValueError: unreadable file, a file that needs `trusted`, tensors of no known part.
     """
-    tensors = _tensors(path, trusted)
+    tensors = training_tensors(path, trusted)
     parts: dict[str, State] = {"llm.": {}, "visual_encoder.": {}, "projector.": {}}
     for key, entry in tensors.items():
         prefix = next((prefix for prefix in parts if key.startswith(prefix)), None)
@@ -74,7 +74,8 @@ def read_training_checkpoint(
     return Adapter(where, updates, replaced)
 
 
-def _tensors(path: Path, trusted: bool) -> State:
+def training_tensors(path: Path, trusted: bool = False) -> State:
+    """The tensors of `iter_N.pth`, a file or a folder of DeepSpeed's, under XTuner's names."""
     if path.is_dir():
         return _from_deepspeed(path, trusted)
     try:
