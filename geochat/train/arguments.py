@@ -125,6 +125,11 @@ class TrainingArguments(transformers.TrainingArguments):
     """Text tokens kept per sample; the image tokens come on top."""
     group_by_modality_length: bool = False
     """Batches of similar length, image and text-only samples apart."""
+    share_image_prefix: bool = False
+    """Samples of one image share its tokens: each image is seen once per micro-batch. The loss and gradients of a
+    micro-batch are the same; which samples meet in one is not, since those of an image are brought together."""
+    packing: bool = False
+    """Fill rows with several samples instead of padding each to the longest; none sees another."""
     bf16: bool = True
     """Where the hardware has it; float32 otherwise."""
     gradient_checkpointing: bool = True

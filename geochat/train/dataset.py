@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ class BadSampleError(ValueError):
 class InstructionDataset(Dataset):
     """Map-style dataset over an instruction file.
 
-    An item is `{"input_ids": int32[n], "labels": int32[n], "pixels": float32[images, 3, side, side]}`. A record
+    An item is `{"input_ids": int32[n], "labels": int32[n], "pixels": float32[images, 3, side, side], "images":
+    tuple[str]}`, without the last two for a text. A record
     that cannot be used is never blanked: with `on_bad_sample="skip"` the following usable row takes its place and
     the item carries the reasons under `"bad_samples"`; with `"error"` the item holds nothing but them. The reasons
     travel with the batch, so that the main process counts what its workers met.
@@ -46,6 +48,7 @@ class InstructionDataset(Dataset):
         self.processor = processor
         self.on_bad_sample = on_bad_sample
         self.encoder = processor.encoder(max_text_tokens, truncate)
+        self._last: tuple[str, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.store)
@@ -67,7 +70,7 @@ class InstructionDataset(Dataset):
         try:
             sample = Sample.from_record(self.store[index], where)
             encoded = self.encoder.encode(sample, where)
-            pixels = [self.processor.pixels(open_image(self._image_path(name))) for name in sample.images]
+            pixels = [self._pixels(name) for name in sample.images]
         except (ValueError, OSError) as error:
             reason = str(error)
             raise BadSampleError(reason if where in reason else f"{where}: {reason}") from error
@@ -77,6 +80,7 @@ class InstructionDataset(Dataset):
         }
         if pixels:
             item["pixels"] = torch.stack(pixels)
+            item["images"] = tuple(sample.images)
         return item
 
     def lengths(self) -> np.ndarray:
@@ -85,7 +89,17 @@ class InstructionDataset(Dataset):
         Words stand in for tokens, as in LLaVA: grouping needs an order, not a count, and tokenising a large file
         for it would take minutes.
         """
+        return self._walked[0]
+
+    def images(self) -> np.ndarray:
+        """Number of every row's image (or images together): the same number, the same image; -1 without one."""
+        return self._walked[1]
+
+    @cached_property
+    def _walked(self) -> tuple[np.ndarray, np.ndarray]:
         lengths = np.zeros(len(self), dtype=np.int32)
+        images = np.full(len(self), -1, dtype=np.int32)
+        numbers: dict[tuple[str, ...], int] = {}
         for index in range(len(self)):
             try:
                 sample = Sample.from_record(self.store[index], "record")
@@ -93,7 +107,15 @@ class InstructionDataset(Dataset):
                 continue  # named when its turn comes
             words = sum(len(turn.text.split()) for turn in sample.turns)
             lengths[index] = words if sample.images else -words
-        return lengths
+            if sample.images:
+                images[index] = numbers.setdefault(tuple(sample.images), len(numbers))
+        return lengths, images
+
+    def _pixels(self, name: str) -> torch.Tensor:
+        """float32[3, side, side]; samples that follow one another often ask about the same image."""
+        if self._last is None or self._last[0] != name:
+            self._last = name, self.processor.pixels(open_image(self._image_path(name)))
+        return self._last[1]
 
     def _image_path(self, name: str) -> Path:
         if self.image_folder is None:

@@ -115,6 +115,7 @@ def describe(
         ("image", f"{processor.image_size} px, {processor.image_mode}, {processor.image_tokens} tokens per image"),
         ("text", f"at most {args.model_max_length} tokens, template {processor.template.name}"),
         ("loss", f"supervised positions only, mean per {args.loss_normalization.replace('_', '-')}"),
+        ("rows", rows_are(args)),
         ("precision", precision(args)),
         ("attention", str(model.config._attn_implementation)),
         ("checkpointing", "activations recomputed" if args.gradient_checkpointing else "activations kept"),
@@ -122,6 +123,12 @@ def describe(
         ("seed", str(args.seed)),
     ]  # fmt: skip
     return "\n".join(f"{name:>22}  {value}" for name, value in rows)
+
+
+def rows_are(args: TrainingArguments) -> str:
+    """How samples lie in a batch."""
+    shared = "samples of an image share its tokens" if args.share_image_prefix else "one sample each"
+    return f"{shared}, {'packed' if args.packing else 'padded'}"
 
 
 def precision(args: TrainingArguments) -> str:

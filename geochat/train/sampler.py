@@ -16,13 +16,27 @@ class EpochSampler(Sampler[int]):
 
     lengths: words per sample, negative without an image (InstructionDataset.lengths); None shuffles only.
     batch: samples that one micro-step takes over all processes.
+    images: number of each sample's image, -1 without one (InstructionDataset.images): samples of an image then come in
+        the same micro-batch of one process.
+    micro_batch: samples that one micro-step takes in one process; needed with `images`.
     """
 
-    def __init__(self, size: int, *, seed: int, batch: int, lengths: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        batch: int,
+        lengths: np.ndarray | None = None,
+        images: np.ndarray | None = None,
+        micro_batch: int = 1,
+    ) -> None:
         self.size = size
         self.seed = seed
         self.batch = batch
         self.lengths = lengths
+        self.images = images
+        self.micro_batch = micro_batch
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -34,7 +48,9 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(self.size)
-        if self.lengths is not None:
+        if self.images is not None:
+            order = by_image(order, self.images, self.lengths, self.micro_batch, random)
+        elif self.lengths is not None:
             order = grouped(order, self.lengths, self.batch, random)
         return iter(order.tolist())
 
@@ -55,3 +71,83 @@ def grouped(order: np.ndarray, lengths: np.ndarray, batch: int, random: np.rando
             batches += np.split(pool, len(pool) // batch)
     shuffled = [batches[i] for i in random.permutation(len(batches))]
     return np.concatenate([*shuffled, *rest])
+
+
+def by_image(
+    order: np.ndarray,
+    images: np.ndarray,
+    lengths: np.ndarray | None,
+    micro_batch: int,
+    random: np.random.Generator,
+) -> np.ndarray:
+    """A permutation of `order` in which the samples of an image stand in one micro-batch.
+
+    An image with more samples than a micro-batch holds is spread over several. Images are taken in the order in which
+    `order` first names them, a pool of micro-batches at a time, in which those of similar length (where `lengths` are
+    given) share a micro-batch; texts without an image keep to themselves. Micro-batches are then shuffled, and so is
+    every choice but this one: which samples meet.
+    """
+    batches: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
+    for texts in (False, True):
+        groups = _groups(order[(images[order] < 0) == texts], images, micro_batch)
+        left: list[np.ndarray] = []
+        pool: list[np.ndarray] = []
+        held = 0
+        for group in groups:
+            pool.append(group)
+            held += len(group)
+            if held >= micro_batch * POOL_BATCHES:
+                full, left = _filled([*left, *pool], lengths, micro_batch)
+                batches += full
+                pool, held = [], 0
+        full, left = _filled([*left, *pool], lengths, micro_batch)
+        batches += full
+        rest += left
+    if rest:  # groups that fit into no whole micro-batch are cut where its end falls
+        tail = np.concatenate(rest)
+        whole = len(tail) - len(tail) % micro_batch
+        batches += np.split(tail[:whole], whole // micro_batch) if whole else []
+        rest = [tail[whole:]]
+    shuffled = [batches[i] for i in random.permutation(len(batches))]
+    return np.concatenate([*shuffled, *rest]) if shuffled or rest else order
+
+
+def _groups(order: np.ndarray, images: np.ndarray, most: int) -> list[np.ndarray]:
+    """The samples of each image, at most `most` together, images in the order in which they are first named."""
+    if not len(order):
+        return []
+    _, first, image = np.unique(images[order], return_index=True, return_inverse=True)
+    rank = np.empty_like(first)
+    rank[np.argsort(first)] = np.arange(len(first))
+    place = rank[image] if images[order[0]] >= 0 else np.arange(len(order))  # a text is a group of its own
+    together = np.argsort(place, kind="stable")
+    ends = np.flatnonzero(np.diff(place[together])) + 1
+    return [
+        group[start : start + most]
+        for group in np.split(order[together], ends)
+        for start in range(0, len(group), most)
+    ]
+
+
+def _filled(
+    groups: list[np.ndarray], lengths: np.ndarray | None, micro_batch: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Whole micro-batches out of groups, none of which is cut, and the groups that are left."""
+    if lengths is not None:
+        groups = sorted(groups, key=lambda group: int(np.abs(lengths[group]).max()))
+    full: list[np.ndarray] = []
+    open_: list[list[np.ndarray]] = []
+    room: list[int] = []
+    for group in groups:
+        place = next((i for i, free in enumerate(room) if free >= len(group)), None)
+        if place is None:
+            place = len(room)
+            open_.append([])
+            room.append(micro_batch)
+        open_[place].append(group)
+        room[place] -= len(group)
+        if room[place] == 0:
+            full.append(np.concatenate(open_.pop(place)))
+            room.pop(place)
+    return full, [group for groups_ in open_ for group in groups_]

@@ -35,6 +35,7 @@ from geochat.train.arguments import (
 from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
 from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.packing import PackingCollator
 from geochat.train.recipe import choose_trainable, compute_dtype, describe, unfreeze_tower
 from geochat.train.saving import (
     Kind,
@@ -91,7 +92,7 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
         saver=saver,
         model=model,
         args=args,
-        data_collator=Collator(processor.pad_token_id),
+        data_collator=make_collator(processor, args, base.config._attn_implementation),
         train_dataset=train_set,
         eval_dataset=eval_set,
         callbacks=[LossCurve(Path(args.output_dir))],
@@ -178,6 +179,24 @@ def make_trainable(
     choose_trainable(base, model_args)
     only_projector = model_args.tune_mm_mlp_adapter and not model_args.tune_vision_tower
     return ("projector" if only_projector else "full"), base
+
+
+def make_collator(processor: Processor, args: TrainingArguments, attention: str) -> Collator:
+    """How samples become a batch. Raises: ValueError when the attention cannot do what the flags ask for."""
+    if not (args.share_image_prefix or args.packing):
+        return Collator(processor.pad_token_id)
+    if args.share_image_prefix and attention not in ("sdpa", "eager", "flex_attention"):
+        raise ValueError(
+            f"--attn_implementation {attention} cannot keep the questions about one image apart: with "
+            "--share_image_prefix use sdpa or flex_attention"
+        )
+    return PackingCollator(
+        processor.pad_token_id,
+        processor.image_token_id,
+        share=args.share_image_prefix,
+        pack=args.packing,
+        one_row=attention not in ("sdpa", "eager"),
+    )
 
 
 def open_dataset(path: str, processor: Processor, arguments: Arguments) -> InstructionDataset:

@@ -17,6 +17,7 @@ from geochat.data.encode import IGNORE_INDEX
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.packing import attention_mask
 from geochat.train.recipe import parameter_groups, zero_stage
 from geochat.train.sampler import EpochSampler
 from geochat.train.saving import RunSaver, explained
@@ -79,6 +80,7 @@ class Trainer(transformers.Trainer):
             freeze_tower(base)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
+        self.attn_implementation, self.mask_dtype = base.config._attn_implementation, base.dtype
         self.saver = saver
         self.bad_samples: list[str] = []
         super().__init__(**kwargs)
@@ -104,6 +106,11 @@ class Trainer(transformers.Trainer):
         targets = labels[:, 1:]
         keep = torch.zeros_like(labels, dtype=torch.bool)
         keep[:, :-1] = targets != IGNORE_INDEX
+        if "documents" in inputs:
+            documents, branches = inputs.pop("documents"), inputs.pop("branches")
+            inputs["attention_mask"] = attention_mask(
+                documents, branches, self.attn_implementation, self.mask_dtype
+            )
         self.rows.keep, self.dummy.active = keep, "pixel_values" not in inputs
         try:
             outputs = model(**inputs, use_cache=False)
@@ -149,6 +156,8 @@ class Trainer(transformers.Trainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             batch=self.args.train_batch_size * self.args.world_size,
             lengths=dataset.lengths() if self.args.group_by_modality_length else None,
+            images=dataset.images() if self.args.share_image_prefix else None,
+            micro_batch=self.args.train_batch_size,
         )
 
     # ---- optimizer ----

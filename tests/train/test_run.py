@@ -81,6 +81,27 @@ def test_every_save_is_a_loadable_adapter_without_frozen_weights(dora: str, flag
         assert model.get_base_model().config.vision_config.image_size == 84
 
 
+@pytest.mark.parametrize("checkpointing", ["True", "False"])
+def test_sharing_the_image_prefix_trains_the_same_adapter(flags, tmp_path: Path, checkpointing: str) -> None:
+    """All records in one batch, so that only the way of computing it differs."""
+    flags = [
+        *flags,
+        "--per_device_train_batch_size",
+        "8",
+        "--lora_dropout",
+        "0",
+        "--gradient_checkpointing",
+        checkpointing,
+    ]
+    for name, more in {"apart": [], "shared": ["--share_image_prefix", "True", "--packing", "True"]}.items():
+        main([*flags, *more, "--output_dir", str(tmp_path / name)])
+    apart, shared = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("apart", "shared"))
+    start = {key: torch.zeros_like(value) for key, value in apart.items() if "lora_B" in key}
+    assert any(not torch.allclose(apart[key], zero, atol=1e-3) for key, zero in start.items()), "it trained"
+    for key, value in shared.items():
+        torch.testing.assert_close(value, apart[key], atol=1e-5, rtol=0, msg=key)
+
+
 def test_the_projector_alone(flags, tmp_path: Path) -> None:
     run, then = tmp_path / "run", tmp_path / "then"
     argv = [*flags, "--output_dir", str(run), "--lora_enable", "False", "--tune_mm_mlp_adapter", "True"]
