@@ -128,6 +128,9 @@ class TrainingArguments(transformers.TrainingArguments):
     share_image_prefix: bool = False
     """Samples of one image share its tokens: each image is seen once per micro-batch. The loss and gradients of a
     micro-batch are the same; which samples meet in one is not, since those of an image are brought together."""
+    max_tokens_per_micro_batch: int | None = None
+    """Compute a micro-batch in parts of at most so many tokens (image tokens and padding included). Memory then follows
+    this and not `--per_device_train_batch_size`; loss and gradients are the same."""
     packing: bool = False
     """Fill rows with several samples instead of padding each to the longest; none sees another."""
     bf16: bool = True

@@ -47,6 +47,8 @@ class PackingCollator(Collator):
 
     share: samples of the same image become one document. pack: documents fill up rows: of the longest document's
     length, or all in one row (`one_row`, for attention whose cost does not grow with the masked part).
+    budget: most tokens, padding included, that are computed at once. The batch is then `{"parts": list of batches as
+    above, "labels": the supervised tokens of all of them}`; a document that is longer by itself is a part by itself.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class PackingCollator(Collator):
         share: bool = True,
         pack: bool = False,
         one_row: bool = False,
+        budget: int | None = None,
     ) -> None:
         super().__init__(pad_token_id)
         self.image_token_id, self.share, self.pack, self.one_row = image_token_id, share, pack, one_row
+        self.budget = budget
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         if any("input_ids" not in sample for sample in samples):
@@ -69,26 +73,37 @@ class PackingCollator(Collator):
             for group in (same_image(samples) if self.share else [[sample] for sample in samples])
             for document in join(group, self.image_token_id)
         ]
+        bad = [reason for sample in samples for reason in sample.get("bad_samples", ())]
+        batch: dict[str, Any]
+        if self.budget is None:
+            batch = self._rows(documents)
+        else:
+            parts = [self._rows(part) for part in within(documents, self.budget)]
+            batch = {"parts": parts, "labels": torch.cat([_supervised(part) for part in parts])}
+        return {**batch, "bad_samples": bad} if bad else batch
+
+    def _rows(self, documents: list[Document]) -> dict[str, Any]:
+        """One batch of these documents."""
         rows = [[document] for document in documents]
         if self.pack:
             longest = max(map(len, documents))
             rows = fill(documents, sum(map(len, documents)) if self.one_row else longest)
-        if len(rows) == len(samples):  # every sample has a row of its own
-            return super().__call__(samples)
         batch: dict[str, Any] = {
             "input_ids": _rows(rows, lambda d: d.input_ids, self.pad_token_id),
             "labels": _rows(rows, lambda d: d.labels, IGNORE_INDEX),
-            "position_ids": _rows(rows, lambda d: d.positions, 0),
-            "branches": _rows(rows, lambda d: d.branches, 0),
-            "documents": pad_right(
-                [np.repeat(np.arange(len(row)), [len(document) for document in row]) for row in rows], PADDING
-            ),
         }
         pixels = [document.pixels for row in rows for document in row if document.pixels is not None]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)
-        bad = [reason for sample in samples for reason in sample.get("bad_samples", ())]
-        return {**batch, "bad_samples": bad} if bad else batch
+        if all(len(row) == 1 and row[0].branches.max() <= 1 for row in rows):
+            return batch  # nothing to keep apart: plain causal attention is faster
+        numbers = [np.repeat(np.arange(len(row)), [len(document) for document in row]) for row in rows]
+        return {
+            **batch,
+            "position_ids": _rows(rows, lambda d: d.positions, 0),
+            "branches": _rows(rows, lambda d: d.branches, 0),
+            "documents": pad_right(numbers, PADDING),
+        }
 
 
 def allowed(documents: Tensor, branches: Tensor) -> Tensor:
@@ -187,6 +202,27 @@ def fill(documents: list[Document], capacity: int) -> list[list[Document]]:
         rows[place].append(document)
         free[place] -= len(document)
     return rows
+
+
+def within(documents: list[Document], budget: int) -> list[list[Document]]:
+    """Parts whose rows, padded to their longest, hold at most `budget` tokens; similar lengths together."""
+    parts: list[list[Document]] = []
+    for document in sorted(documents, key=len, reverse=True):  # the first of a part is its longest
+        if parts and len(parts[-1][0]) * (len(parts[-1]) + 1) <= budget:
+            parts[-1].append(document)
+        else:
+            parts.append([document])
+    return parts
+
+
+def nothing(device: torch.device) -> dict[str, Tensor]:
+    """A part without targets: what a process computes while others still have parts."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
+
+
+def _supervised(batch: dict[str, Any]) -> Tensor:
+    return batch["labels"][batch["labels"] != IGNORE_INDEX]
 
 
 def _rows(rows: list[list[Document]], part: Callable[[Document], np.ndarray], padding: int) -> Tensor:

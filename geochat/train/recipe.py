@@ -128,7 +128,8 @@ def describe(
 def rows_are(args: TrainingArguments) -> str:
     """How samples lie in a batch."""
     shared = "samples of an image share its tokens" if args.share_image_prefix else "one sample each"
-    return f"{shared}, {'packed' if args.packing else 'padded'}"
+    most = args.max_tokens_per_micro_batch
+    return f"{shared}, {'packed' if args.packing else 'padded'}{f', at most {most:,} tokens at once' if most else ''}"
 
 
 def precision(args: TrainingArguments) -> str:

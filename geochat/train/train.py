@@ -183,7 +183,7 @@ def make_trainable(
 
 def make_collator(processor: Processor, args: TrainingArguments, attention: str) -> Collator:
     """How samples become a batch. Raises: ValueError when the attention cannot do what the flags ask for."""
-    if not (args.share_image_prefix or args.packing):
+    if not (args.share_image_prefix or args.packing or args.max_tokens_per_micro_batch):
         return Collator(processor.pad_token_id)
     if args.share_image_prefix and attention not in ("sdpa", "eager", "flex_attention"):
         raise ValueError(
@@ -196,6 +196,7 @@ def make_collator(processor: Processor, args: TrainingArguments, attention: str)
         share=args.share_image_prefix,
         pack=args.packing,
         one_row=attention not in ("sdpa", "eager"),
+        budget=args.max_tokens_per_micro_batch,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from geochat.data.encode import IGNORE_INDEX
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
-from geochat.train.packing import attention_mask
+from geochat.train.packing import attention_mask, nothing
 from geochat.train.recipe import parameter_groups, zero_stage
 from geochat.train.sampler import EpochSampler
 from geochat.train.saving import RunSaver, explained
@@ -81,6 +82,7 @@ class Trainer(transformers.Trainer):
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
         self.attn_implementation, self.mask_dtype = base.config._attn_implementation, base.dtype
+        self.supervised: int | None = None  # of the batch whose parts are being computed
         self.saver = saver
         self.bad_samples: list[str] = []
         super().__init__(**kwargs)
@@ -101,8 +103,19 @@ class Trainer(transformers.Trainer):
 
         Mean over the micro-batch, or (token normalisation) sum divided by the tokens of the whole step.
         """
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")  # [batch, n]
+        parts = inputs.get("parts") or [inputs]
+        total = sum(self._summed_loss(model, part) for part in parts)
+        if num_items_in_batch is None:
+            loss = total / (self.supervised or (inputs["labels"] != IGNORE_INDEX).sum())
+        else:
+            loss = total / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _summed_loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = dict(batch)
+        labels = inputs.pop("labels")  # [rows, n]
         targets = labels[:, 1:]
         keep = torch.zeros_like(labels, dtype=torch.bool)
         keep[:, :-1] = targets != IGNORE_INDEX
@@ -116,14 +129,39 @@ class Trainer(transformers.Trainer):
             outputs = model(**inputs, use_cache=False)
         finally:
             self.rows.keep, self.dummy.active = None, False
-        total = F.cross_entropy(outputs["logits"].float(), targets[keep[:, :-1]], reduction="sum")
-        if num_items_in_batch is None:
-            loss = total / keep.sum()
-        else:
-            loss = total / num_items_in_batch
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
-        return (loss, {"loss": loss}) if return_outputs else loss
+        return F.cross_entropy(outputs["logits"].float(), targets[keep[:, :-1]], reduction="sum")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward; with `--max_tokens_per_micro_batch` part after part, gradients adding up.
+
+        Every process computes as many parts as the one that has most: ZeRO-3 gathers weights in each.
+        """
+        if "parts" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        parts = list(inputs["parts"])
+        parts += [nothing(self.args.device)] * (self._most(len(parts)) - len(parts))
+        self.supervised = len(inputs["labels"])
+        state, syncs = self.accelerator.gradient_state, self.accelerator.sync_gradients
+        total = torch.zeros((), device=self.args.device)
+        try:
+            for left, part in zip(reversed(range(len(parts))), parts, strict=True):
+                state._set_sync_gradients(syncs and left == 0)
+                alone = left > 0 and not self.is_deepspeed_enabled
+                with self.accelerator.no_sync(model) if alone else nullcontext():
+                    total += super().training_step(model, part, num_items_in_batch)
+        finally:
+            self.supervised = None
+            state._set_sync_gradients(syncs)
+        return total
+
+    def _most(self, parts: int) -> int:
+        if not (dist.is_available() and dist.is_initialized()):
+            return parts
+        count = torch.tensor(parts, device=self.args.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return int(count)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the parent's estimate knows no images
@@ -137,9 +175,9 @@ class Trainer(transformers.Trainer):
         """Counts the rows that workers could not use. Raises: BadSampleError when the batch is lost."""
         for reason in batch.pop("bad_samples", ()):
             self.bad_samples.append(reason)
-            if "input_ids" in batch:
+            if "input_ids" in batch or "parts" in batch:
                 print(f"skipped: {reason}", flush=True)
-        if "input_ids" not in batch:
+        if "input_ids" not in batch and "parts" not in batch:
             reason = self.bad_samples[-1]
             if len(self.bad_samples) > 1:
                 reason = f"no usable row was found among {len(self.bad_samples)}, the last: {reason}"

@@ -21,18 +21,27 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 everything = pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
 LORA = ["--tune_mm_mlp_adapter", "True", "--lora_dropout", "0"]
 FULL = ["--lora_enable", "False"]
+# Two samples in one part or in two, so that the processes have different numbers of parts.
+PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "True"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "kind"),
-    [(3, LORA), pytest.param(2, LORA, marks=everything), pytest.param(3, FULL, marks=everything)],
-    ids=["zero3-lora", "zero2-lora", "zero3-full"],
+    [
+        (3, LORA),
+        pytest.param(2, LORA, marks=everything),
+        pytest.param(3, FULL, marks=everything),
+        pytest.param(2, PARTS, marks=everything),
+        pytest.param(3, PARTS, marks=everything),
+    ],
+    ids=["zero3-lora", "zero2-lora", "zero3-full", "zero2-parts", "zero3-parts"],
 )
 def test_two_processes_take_the_steps_of_one(stage, kind, flags, start, finish, tmp_path: Path) -> None:
     run = [*flags, *kind, "--save_steps", "2", "--num_train_epochs", "2", "--global_batch_size", "4"]
     # One sample at a time: one process gets the record without an image while the other has one.
-    run += ["--per_device_train_batch_size", "1"]
+    at_once = 2 if kind is PARTS else 1
+    run += ["--per_device_train_batch_size", str(at_once)]
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start([*run, "--output_dir", str(one)]))
     with socket.socket() as free:
@@ -44,7 +53,7 @@ def test_two_processes_take_the_steps_of_one(stage, kind, flags, start, finish, 
     output = finish(start([*run, *config, "--output_dir", str(two)], program))
 
     assert f"stage {stage}" in output
-    assert "4 = 1 per device × 2 accumulation × 2 processes" in output
+    assert f"4 = {at_once} per device × {2 // at_once} accumulation × 2 processes" in output
     name = "model.safetensors" if kind is FULL else "adapter_model.safetensors"
     for folder in (".", "checkpoint-2"):
         expected, found = load_file(one / folder / name), load_file(two / folder / name)

@@ -29,6 +29,8 @@ MODES = {
     "packed": {"share": False, "pack": True, "one_row": True},
     "shared, packed": {"share": True, "pack": True},
     "shared, one row": {"share": True, "pack": True, "one_row": True},
+    "padded, in parts": {"share": False, "budget": 300},
+    "shared, in parts": {"share": True, "pack": True, "budget": 1},
 }
 
 
@@ -83,11 +85,12 @@ def test_the_same_loss_and_gradients_as_apart(mode: str, parts, dataset, tmp_pat
     samples = [dataset[i] for i in range(len(dataset))]
     apart = Collator(processor.pad_token_id)(samples)
     together = PackingCollator(processor.pad_token_id, processor.image_token_id, **MODES[mode])(samples)
-    assert together["input_ids"].shape[0] < len(samples)
+    parts_of = together.get("parts", [together])
     assert (together["labels"] != IGNORE_INDEX).sum() == (apart["labels"] != IGNORE_INDEX).sum()
-    if "shared" in mode:
-        assert together["pixel_values"].shape[0] == 4
-        assert apart["pixel_values"].shape[0] == 7
+    pictures = sum(len(part["pixel_values"]) for part in parts_of if "pixel_values" in part)
+    assert (pictures, len(apart["pixel_values"])) == (4 if "shared" in mode else 7, 7)
+    assert len(parts_of) > 1 or "budget" not in MODES[mode]
+    assert any("documents" in part for part in parts_of) or mode == "padded, in parts"
     expected = loss_and_gradients(trainer, model, apart)
     found = loss_and_gradients(trainer, model, together)
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
@@ -95,6 +98,29 @@ def test_the_same_loss_and_gradients_as_apart(mode: str, parts, dataset, tmp_pat
     assert len(found[1]) > 10
     for name, gradient in found[1].items():
         torch.testing.assert_close(gradient, expected[1][name], atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("normalization", ["micro_batch", "token"])
+def test_parts_add_up_to_the_step(parts, dataset, tmp_path: Path, normalization: str) -> None:
+    """Through `training_step`, which goes backward after each part."""
+    base, processor = parts
+    model = with_lora(base)
+    trainer = trainer_of(model, base, dataset, tmp_path, loss_normalization=normalization)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # the training loop sets it
+    samples = [dataset[i] for i in range(len(dataset))]
+    found = {}
+    for name, budget in (("whole", None), ("parts", 250)):
+        batch = PackingCollator(processor.pad_token_id, processor.image_token_id, budget=budget)(samples)
+        supervised = (batch["labels"] != IGNORE_INDEX).sum()
+        loss = trainer.training_step(model, batch, supervised if normalization == "token" else None)
+        gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        found[name] = loss.item(), gradients
+        model.zero_grad()
+    assert len(batch["parts"]) > 2
+    assert found["parts"][0] == pytest.approx(found["whole"][0], abs=1e-5)
+    for key, gradient in found["parts"][1].items():
+        torch.testing.assert_close(gradient, found["whole"][1][key], atol=1e-5, rtol=0, msg=key)
 
 
 def test_nothing_is_seen_across(parts, dataset) -> None:
