@@ -25,6 +25,7 @@ from tqdm import tqdm
 from geochat.data.boxes import box_faults
 from geochat.data.images import open_image
 from geochat.data.sample import IMAGE_TOKEN, ImageCountError, Sample
+from geochat.data.staged import staged
 from geochat.data.store import InstructionStore
 from geochat.errors import stop
 
@@ -184,10 +185,8 @@ def main(argv: list[str] | None = None) -> int:
 def _write_json(path: Path, file: Path, rows: int, problems: list[Problem]) -> None:
     counts = {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS}
     content = {"file": str(file), "rows": rows, "counts": counts, "problems": [asdict(p) for p in problems]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    with staged(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 if __name__ == "__main__":
