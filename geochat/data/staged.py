@@ -27,8 +27,9 @@ def staged(path: Path, within: Path | None = None) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_partials(folder: Path) -> None:
