@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 
-from geochat.data.prepare import geochat_instruct, mix665k, vhm
+from geochat.data.prepare import classes, coco, dota, geochat_instruct, mix665k, vhm
 from geochat.errors import stop
 
-_COMMANDS = (geochat_instruct, vhm, mix665k)
+_COMMANDS = (geochat_instruct, vhm, mix665k, dota, coco, classes)
 
 
 def main(argv: list[str] | None = None) -> int:
