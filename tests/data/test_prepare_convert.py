@@ -16,7 +16,7 @@ from PIL import Image
 
 from geochat.data.boxes import Box, parse_boxes, parse_regions, polygon_iou
 from geochat.data.geometry import convex_hull
-from geochat.data.phrases import SHORT, place_name, plural
+from geochat.data.phrases import place_name, plural
 from geochat.data.prepare import main
 from geochat.data.prepare.objects import LabelledObject, Picture
 from geochat.data.prepare.questions import TASKS, Asker, ask, conversations
@@ -284,6 +284,10 @@ def spoiled(**changes: object) -> Callable[[dict], None]:
             "a.jpg is 200 x 100 pixels, its labels are for 100 x 100",
         ),
         (lambda c: c["images"][0].update(file_name="b.jpg"), "images[0]:"),
+        (
+            lambda c: c["images"][0].update(file_name="../a.jpg"),
+            "images[0]: '../a.jpg' is a path that leaves",
+        ),
         (lambda c: c["images"].append(c["images"][0]), 'images[1]: "id" 7 is that of a.jpg, too'),
         (lambda c: c["categories"][1].pop("name"), 'categories[1]: "id" or "name" is missing'),
         (lambda c: c.pop("annotations"), 'no list "annotations" of objects'),
@@ -370,6 +374,14 @@ def test_the_wording_of_the_training_file(scenes: Path):
 )
 def test_classes_that_do_not_fit_the_folders(scenes: Path, refused, names: str, message: str):
     assert message in refused(main, from_classes(scenes, "--classes", names))
+
+
+def test_classes_too_small_to_split_are_named(scenes: Path, refused):
+    for number in range(3):
+        (scenes / f"scenes/river/river{number:02d}.jpg").unlink()
+    assert "river: --val-share 0.5: 1 picture cannot be split" in refused(
+        main, from_classes(scenes, "--val-share", "0.5")
+    )
 
 
 def test_an_empty_class_is_named(scenes: Path, refused):

@@ -57,7 +57,10 @@ def run(options: argparse.Namespace) -> int:
         if not names:
             raise ValueError(f"{folder}: no pictures; remove the folder, or name the others with --classes")
         # Class by class, so that every one keeps its share.
-        held |= held_out(names, options.val_share, options.seed)
+        try:
+            held |= held_out(names, options.val_share, options.seed)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         for name in names:
             records[name] = [checked(Sample(name, (name,), (question, Turn("assistant", label))))]
     lines = write_split(options.output, records, options.val_share, options.seed, held)

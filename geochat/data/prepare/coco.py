@@ -14,6 +14,7 @@ from geochat.data.geometry import Point
 from geochat.data.images import image_size
 from geochat.data.prepare.detections import add_detection_options, convert, settings_of
 from geochat.data.prepare.objects import LabelledObject, Picture, Tally, in_words, outline
+from geochat.data.prepare.safety import safe_path
 
 NAME = "from-coco"
 HELP = "COCO's object annotations to instruction records"
@@ -78,6 +79,10 @@ def read_pictures(
         name = image.get("file_name")
         if not isinstance(name, str) or not name or image.get("id") is None:
             raise ValueError(f'{where}: "id" or "file_name" is missing')
+        try:
+            safe_path(name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         if image["id"] in names:
             raise ValueError(f'{where}: "id" {image["id"]!r} is that of {names[image["id"]][0]}, too')
         names[image["id"]] = (name, where)

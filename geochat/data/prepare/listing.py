@@ -43,7 +43,7 @@ def check_listing(options: argparse.Namespace, folder: Path) -> int:
     return 1 if problems else 0
 
 
-def images_named(file: Path, progress: bool) -> Iterator[str]:
+def images_named(file: Path, progress: bool, skip_malformed: bool = False) -> Iterator[str]:
     """Every image that the file names, once, as a path below the image folder.
 
     Raises:
@@ -54,7 +54,13 @@ def images_named(file: Path, progress: bool) -> Iterator[str]:
     for row in tqdm(
         range(len(store)), desc="records", unit=" rows", disable=not progress, dynamic_ncols=True
     ):
-        for image in Sample.from_record(store[row], store.where(row)).images:
+        try:
+            images = Sample.from_record(store[row], store.where(row)).images
+        except ValueError:
+            if skip_malformed:
+                continue
+            raise
+        for image in images:
             if image not in seen:
                 seen.add(image)
                 yield image

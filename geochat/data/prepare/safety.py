@@ -32,7 +32,7 @@ def safe_path(name: str) -> PurePosixPath:
         reason = "a name with control characters"
     else:
         return path
-    raise ValueError(f"{name!r:.120} is {reason}: refused; get the archive from its publisher")
+    raise ValueError(f"{name!r:.120} is {reason}: refused, nothing is written outside the folder")
 
 
 def size_on_disk(size: int) -> int:

@@ -52,9 +52,7 @@ class Unpacker:
             path = safe_path(member.name)
             if not (member.isreg() or member.isdir()):
                 what = "a link" if member.issym() or member.islnk() else "no ordinary file"
-                raise ValueError(
-                    f"{member.name!r:.120} is {what}: refused; get the archive from its publisher"
-                )
+                raise ValueError(f"{member.name!r:.120} is {what}: refused; pack the files themselves")
         except ValueError as error:
             raise ValueError(f"{self._shards[-1]}: {error}") from None
         if member.isdir():

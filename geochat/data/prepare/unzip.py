@@ -19,7 +19,7 @@ from geochat.data.prepare.safety import check_room, gigabytes, safe_path, size_o
 from geochat.data.staged import staged
 
 BLOCK = 1 << 20
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 Place = Callable[[PurePosixPath], PurePosixPath | None]
 """Where a member of the archive goes below the output folder; None leaves it out."""
@@ -123,7 +123,7 @@ def _checked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> PurePosixPath:
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         what = "a link" if stat.S_ISLNK(kind) else "no ordinary file"
-        raise ValueError(f"{info.filename!r:.120} is {what}: refused; get the archive from its publisher")
+        raise ValueError(f"{info.filename!r:.120} is {what}: refused; pack the files themselves")
     if info.flag_bits & 1:
         raise ValueError(f"{info.filename} is encrypted; unpack the archive with its password")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -148,8 +148,9 @@ def unpack_zip(
     counts = Counts()
     with open_zip(paths) as (archive, joined):
         members = plan(archive, place, counts)
+        looked_at = tqdm(members, desc="looking", unit="file", disable=not progress, dynamic_ncols=True)
         to_do = [
-            member for member in members if not _is_there(folder / member.target, member, recheck, counts)
+            member for member in looked_at if not _is_there(folder / member.target, member, recheck, counts)
         ]
         check_room(folder, sum(size_on_disk(member.info.file_size) for member in to_do))
         total = sum(member.info.file_size for member in to_do)

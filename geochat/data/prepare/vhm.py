@@ -81,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
     if damaged:
         raise ValueError(f"damaged: {', '.join(damaged)}; download them again and repeat the command")
     if options.annotations:
-        for hint in unmatched(options.output, list(images_named(options.annotations, not options.quiet))):
+        # Malformed rows are named by the report that follows.
+        named = list(images_named(options.annotations, not options.quiet, skip_malformed=True))
+        for hint in unmatched(options.output, named):
             print(hint)
     return check_listing(options, options.output)
 
