@@ -27,9 +27,11 @@ def place_name(x: float, y: float) -> str:
 
 
 def plural(noun: str) -> str:
-    """Regular English plural; "harbor" → "harbors", "bus" → "buses", "factory" → "factories"."""
-    if noun.endswith(("s", "x", "ch", "sh")):
+    """Regular English plural: harbors, buses, factories; a name that is a plural already ("cars") stays."""
+    if noun.endswith(("ss", "us", "x", "ch", "sh")):
         return f"{noun}es"
+    if noun.endswith("s"):
+        return noun
     if noun.endswith("y") and noun[-2:-1] not in "aeiou":
         return f"{noun[:-1]}ies"
     return f"{noun}s"

@@ -113,7 +113,7 @@ def test_parts_become_one_folder(tmp_path: Path, monkeypatch, zip64: bool, capsy
     parts = cut_up(content, tmp_path)
     assert main(instruct(parts[::-1], tmp_path / "out")) == 0
     assert contents(tmp_path / "out") == {Path(name).name: content for name, content in FILES.items()}
-    assert "12 files unpacked; 2 do not belong here" in capsys.readouterr().out
+    assert "files unpacked: 12; left out: 2" in capsys.readouterr().out
 
 
 def test_a_second_run_writes_nothing_and_mends_what_is_wrong(parts, tmp_path: Path, capsys):
@@ -124,10 +124,12 @@ def test_a_second_run_writes_nothing_and_mends_what_is_wrong(parts, tmp_path: Pa
     (out / "00006.png").write_bytes(noise(99))  # the right size, other content
     capsys.readouterr()
     main(instruct(parts, out))
-    assert "1 files unpacked; 11 were there already; 1 of them replaced" in capsys.readouterr().out
+    assert (
+        "unpacked: 1; there already: 11; replaced, since the content differed: 1" in capsys.readouterr().out
+    )
     assert (out / "00006.png").read_bytes() == noise(99)
     main(instruct(parts, out, "--recheck"))
-    assert "1 files unpacked; 11 were there" in capsys.readouterr().out
+    assert "unpacked: 1; there already: 11" in capsys.readouterr().out
     assert (out / "00003.png").stat().st_mtime_ns == before
     assert contents(out) == {Path(name).name: content for name, content in FILES.items()}
 
@@ -159,7 +161,7 @@ def test_a_killed_run_leaves_whole_files_and_is_resumed(tmp_path: Path, capsys):
     assert 4 <= len(left) < 20
     assert all(content == files[INNER + name] for name, content in left.items())
     assert main(instruct(parts, out)) == 0
-    assert f"{20 - len(left)} files unpacked; {len(left)} were there already" in capsys.readouterr().out
+    assert f"unpacked: {20 - len(left)}; there already: {len(left)}" in capsys.readouterr().out
     assert contents(out) == {Path(name).name: content for name, content in files.items()}
 
 
@@ -187,6 +189,7 @@ def drop(parts: list[Path], number: int) -> list[Path]:
         (lambda parts: parts[1:2], "images_partaa is missing"),
         (lambda parts: [*parts, parts[0]], "images_partaa is given twice"),
         (lambda parts: [*parts, parts[0].with_name("images_partag")], "images_partag: no such file"),
+        (lambda parts: [parts[0].parent], ": a folder; name the parts"),
     ],
 )
 def test_missing_parts_are_named(parts, tmp_path: Path, refused, given: Callable, message: str):
@@ -247,7 +250,7 @@ def test_same_name_twice(tmp_path: Path, refused, capsys):
     file = tmp_path / "images_partaa"
     file.write_bytes(zipped({"a/1.png": b"one", "b/1.png": b"one", "b/2.png": b"two"}))
     main(instruct([file], tmp_path / "out"))
-    assert "2 files unpacked; 1 are in the archive twice" in capsys.readouterr().out
+    assert "unpacked: 2; twice in the archive: 1" in capsys.readouterr().out
     file.write_bytes(zipped({"a/1.png": b"one", "b/1.png": b"other"}))
     line = refused(main, instruct([file], tmp_path / "out2"))
     assert "a/1.png and b/1.png differ and would both become 1.png" in line
@@ -333,7 +336,7 @@ def test_shards_go_to_their_data_sets(shards: Path, tmp_path: Path, capsys):
     assert "3 rows, 2 with problems" in out
     assert main(vhm(shards, tmp_path / "base2", "--map", "crowdai=crowdAI", *check)) == 0
     out = capsys.readouterr().out
-    assert "crowdAI: 3 files unpacked; 1 are in the archive twice" in out
+    assert "crowdAI: files unpacked: 3; twice in the archive: 1" in out
     assert "3 rows, 0 with problems" in out
     assert contents(tmp_path / "base2") == {
         "crowdAI/1.png": picture(1),
@@ -351,7 +354,7 @@ def test_shards_are_resumed_and_rechecked(shards: Path, tmp_path: Path, capsys):
     (tmp_path / "base/crowdai/sub/2.png").unlink()
     capsys.readouterr()
     main(vhm(shards, tmp_path / "base"))
-    assert "crowdai: 1 files unpacked; 2 were there" in capsys.readouterr().out
+    assert "crowdai: files unpacked: 1; there already: 2" in capsys.readouterr().out
     assert contents(tmp_path / "base") != good
     main(vhm(shards, tmp_path / "base", "--recheck"))
     assert contents(tmp_path / "base") == good
@@ -483,7 +486,7 @@ def test_missing_images_are_counted_by_folder_and_suffixes_mended(mix: list[str]
     assert main([*mix, *check, "--mend"]) == 1
     mended = tmp_path / "data/ocr_vqa/images/222.jpg"
     assert mended.read_bytes() == picture(5, "GIF")
-    assert "1 images got the names of the list" in capsys.readouterr().out
+    assert "images that got the name of the list: 1" in capsys.readouterr().out
     (tmp_path / "data/ocr_vqa/images/333.jpg").write_bytes(picture(4))
     (tmp_path / "data/gqa/images/9.jpg").write_bytes(picture(4))
     assert (

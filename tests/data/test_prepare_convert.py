@@ -176,7 +176,7 @@ def test_flat_labels_are_counted(dota: Path, capsys):
     with (dota / "labelTxt/P0001.txt").open("a") as file:
         file.write("5 5 5 5 5 5 5 5 ship 0\n")
     main(from_dota(dota))
-    assert "1 labels without area left out, first" in (out := capsys.readouterr().out)
+    assert "labels without area, left out: 1, first" in (out := capsys.readouterr().out)
     assert "P0001.txt:6" in out
 
 
@@ -217,6 +217,8 @@ def test_windows_of_two_pictures_may_not_share_a_name(large: Path, refused):
         (["--turns", "0"], "--turns 0: must be at least 1"),
         (["--val-share", "1"], "--val-share 1.0: must be at least 0 and less than 1"),
         (["--val-share", "0.5"], "1 picture cannot be split"),
+        (["--seed", "-1"], "--seed -1: must not be negative"),
+        (["--tasks", "refer-all"], "nothing to ask with --tasks refer-all"),
         (["--images", "gone"], "--images gone: no such folder"),
         (["--labels", "gone"], "--labels gone: no such folder"),
     ],
@@ -492,8 +494,8 @@ def test_no_answer_stands_in_an_earlier_turn():
 
 
 def test_words():
-    nouns = ("ship", "bus", "bridge", "factory", "bay", "church")
-    assert list(map(plural, nouns)) == ["ships", "buses", "bridges", "factories", "bays", "churches"]
+    nouns = ("ship", "bus", "bridge", "factory", "bay", "church", "cars")
+    assert list(map(plural, nouns)) == ["ships", "buses", "bridges", "factories", "bays", "churches", "cars"]
     assert [place_name(x, y) for x, y in ((0.1, 0.1), (0.5, 0.5), (1.2, -0.1), (0.5, 0.9))] == [
         "top left",
         "center",

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from geochat.data.images import open_image
 from geochat.data.prepare.objects import Picture, Tally
 from geochat.data.prepare.questions import TASKS, Asker, Question, ask, conversations
-from geochat.data.prepare.records import add_split_options, checked, write_split
+from geochat.data.prepare.records import add_split_options, check_split, checked, write_split
 from geochat.data.prepare.safety import only_writer
 from geochat.data.prepare.windows import Rectangle, cut, starts, windows
 from geochat.data.sample import Sample, Turn, user_turn
@@ -105,6 +105,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     for flag in ("per_task", "turns", "max_objects"):
         if getattr(options, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: must be at least 1")
+    check_split(options.val_share, options.seed)
     names = [name for name in Settings.__dataclass_fields__ if name not in ("classes", "tasks")]
     return Settings(
         **{name: getattr(options, name) for name in names}, tasks=tuple(dict.fromkeys(options.tasks))
@@ -183,7 +184,7 @@ def convert(
     """Write OUTPUT/train.json, val.json where asked for, and the windows below OUTPUT/images; print a summary.
 
     Raises:
-        ValueError: no picture holds an object, two windows would get one name, or an image cannot be read.
+        ValueError: there is nothing to ask, two windows would get one name, or an image cannot be read.
     """
     if not any(picture.asked for picture in pictures):
         raise ValueError(
@@ -199,6 +200,11 @@ def convert(
         done = _all_records(pictures, settings, workers)
         made = list(
             tqdm(done, total=len(pictures), desc="pictures", disable=not progress, dynamic_ncols=True)
+        )
+    if not any(part.records for part in made):
+        raise ValueError(
+            f"{settings.images}: nothing to ask with --tasks {' '.join(settings.tasks)}, --visible {settings.visible} "
+            f"and --min-iou {settings.min_iou}; name other tasks or lower the two"
         )
     counts = write_split(
         settings.output,
@@ -224,8 +230,8 @@ def _summary(made: Sequence[Made], settings: Settings) -> list[str]:
     folder = settings.output / "images" if settings.window else settings.images
     low = ", ".join(f"{(fits < bound).mean():.1%} below {bound}" for bound in (0.5, 0.75))
     return [
-        f"{sum(part.used for part in made):,} of {sum(part.windows for part in made):,} {what} hold something to ask; "
-        f"--image_folder {folder}",
-        f"{len(fits):,} boxes; IoU after rounding to whole percent: mean {fits.mean():.3f}, {low}"
+        f"{what} with something to ask: {sum(part.used for part in made):,} of "
+        f"{sum(part.windows for part in made):,}; --image_folder {folder}",
+        f"boxes: {len(fits):,}; IoU after rounding to whole percent: mean {fits.mean():.3f}, {low}"
         f" (below --min-iou {settings.min_iou} none is told)",
     ]

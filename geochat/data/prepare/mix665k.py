@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     if options.mend:
         for image, other in gaps.misnamed.items():
             link(options.output / other, options.output / image)
-        print(f"{len(gaps.misnamed):,} images got the names of the list")
+        print(f"images that got the name of the list: {len(gaps.misnamed):,}")
         gaps.misnamed.clear()
     if options.missing:
         write_records(options.missing, gaps.missing)

@@ -67,13 +67,11 @@ class Tally:
     def lines(self) -> list[str]:
         found = []
         if self.flat:
-            found.append(f"{self.flat:,} labels without area left out, first {self.first_flat}")
+            found.append(f"labels without area, left out: {self.flat:,}, first {self.first_flat}")
         if self.difficult:
-            found.append(
-                f"{self.difficult:,} objects marked as difficult or as a crowd: nobody is asked about them"
-            )
+            found.append(f"objects that are difficult or a crowd, and not asked about: {self.difficult:,}")
         if self.no_labels:
-            found.append(f"{self.no_labels:,} pictures without a label file left out")
+            found.append(f"pictures without a label file, left out: {self.no_labels:,}")
         return found
 
 

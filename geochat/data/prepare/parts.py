@@ -76,7 +76,8 @@ def in_sequence(paths: Sequence[Path]) -> list[Path]:
     """
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; name the parts, for example images_parta*")
+            what = "a folder" if path.is_dir() else "no such file"
+            raise ValueError(f"{path}: {what}; name the parts, for example images_parta*")
     found: dict[str, Path] = {}
     for path in paths:
         match = _SUFFIX.fullmatch(path.name)

@@ -34,14 +34,21 @@ def checked(sample: Sample) -> dict[str, Any]:
     return record
 
 
+def check_split(share: float, seed: int) -> None:
+    """Raises: ValueError for a share outside [0, 1), or a negative seed."""
+    if not 0 <= share < 1:
+        raise ValueError(f"--val-share {share}: must be at least 0 and less than 1")
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: must not be negative")
+
+
 def held_out(names: Sequence[str], share: float, seed: int) -> set[str]:
     """Names for validation, chosen at random: `share` of them, at least one and never all when `share` is not 0.
 
     Raises:
-        ValueError: a share outside [0, 1), or fewer than two pictures to share out.
+        ValueError: as `check_split`, or fewer than two pictures to share out.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"--val-share {share}: must be at least 0 and less than 1")
+    check_split(share, seed)
     if share == 0:
         return set()
     if len(names) < 2:

@@ -47,17 +47,14 @@ class Counts:
     left_out: int = 0
 
     def __str__(self) -> str:
-        notes = [
-            f"{number:,} {what}"
-            for number, what in (
-                (self.present, "were there already"),
-                (self.replaced, "of them replaced a file of other content"),
-                (self.twins, "are in the archive twice"),
-                (self.left_out, "do not belong here and were left out"),
-            )
-            if number
-        ]
-        return "; ".join([f"{self.written:,} files unpacked", *notes])
+        numbers = {
+            "there already": self.present,
+            "replaced, since the content differed": self.replaced,
+            "twice in the archive": self.twins,
+            "left out": self.left_out,
+        }
+        notes = [f"{what}: {number:,}" for what, number in numbers.items() if number]
+        return "; ".join([f"files unpacked: {self.written:,}", *notes])
 
 
 @contextmanager
