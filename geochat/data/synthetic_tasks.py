@@ -14,7 +14,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from geochat.data.phrases import (
     scene_prompt,
     with_article,
 )
+from geochat.data.pool import process_pool
 from geochat.data.sample import IMAGE_TOKEN, Sample, Turn
 from geochat.data.staged import staged
 from geochat.data.synthetic import KINDS, SCENES, Scene, SceneObject, draw_scene
@@ -285,7 +285,7 @@ def write_dataset(
         raise ValueError(f"--seed {seed}: training seeds lie between 0 and {TEST_SEEDS}")
     images = output / "images"
     images.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with process_pool(workers or os.cpu_count()) as pool:
         for split, count, first in (("train", train, seed), ("test", test, TEST_SEEDS + seed)):
             if not count:
                 continue

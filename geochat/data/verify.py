@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from geochat.data.boxes import box_faults
 from geochat.data.images import open_image
+from geochat.data.pool import process_pool
 from geochat.data.sample import IMAGE_TOKEN, ImageCountError, Sample
 from geochat.data.staged import staged
 from geochat.data.store import InstructionStore
@@ -129,7 +129,7 @@ def _check_images(paths: list[Path], decode: bool, workers: int) -> Iterator[tup
     if workers <= 1 or len(paths) <= _CHUNK:
         yield from map(check, paths)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(check, paths, chunksize=_CHUNK)
 
 

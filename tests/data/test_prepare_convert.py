@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -134,6 +138,42 @@ def test_the_same_seed_gives_the_same_files(large: Path):
     assert made[0] == made[1] != made[2]
     main(from_dota(large, "--window", "256", "--seed", "1"))
     assert not (large / "out/val.json").exists()  # of the run before; its pictures are in train.json now
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()  # a zombie only waits to be counted
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_killed_run_is_repeated_at_once(large: Path):
+    """With its worker processes, which must neither live on nor keep the folder locked."""
+    whole = large / "whole"
+    words = from_dota(large, "--window", "128", "--overlap", "0", "--workers", "2")
+    main([*words, "--output", str(whole)])
+    slow = "import sys, time\nfrom geochat.data.prepare import detections, main\nreal = detections.staged\n"
+    slow += "detections.staged = lambda *a, **k: (time.sleep(0.05), real(*a, **k))[1]\nmain(sys.argv[1:])"
+    run = subprocess.Popen([sys.executable, "-c", slow, *words])
+    try:
+        deadline = time.monotonic() + 60
+        while len(list((large / "out").glob("images/*.png"))) < 3:
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert len(workers) == 2
+    assert not (large / "out/train.json").exists()
+    main(words)
+    for file in whole.rglob("*.*"):
+        assert file.read_bytes() == (large / "out" / file.relative_to(whole)).read_bytes()
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_windows_of_an_earlier_run_stay_until_the_picture_changes(large: Path):

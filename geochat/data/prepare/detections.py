@@ -6,7 +6,6 @@ import argparse
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from geochat.data.images import open_image
+from geochat.data.pool import process_pool
 from geochat.data.prepare.objects import Picture, Tally
 from geochat.data.prepare.questions import TASKS, Asker, Question, ask, conversations
 from geochat.data.prepare.records import add_split_options, check_split, checked, write_split
@@ -220,7 +220,7 @@ def _all_records(pictures: Sequence[Picture], settings: Settings, workers: int) 
     if workers <= 1:
         yield from map(work, pictures)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(work, pictures, chunksize=4)
 
 

@@ -70,6 +70,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     except FileExistsError:
         raise ValueError(f"{folder}: exists and is no folder; choose another --output") from None
     descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,4 +82,18 @@ def only_writer(folder: Path) -> Iterator[None]:
             remove_partials(folder)
         yield
     finally:
+        _locks.remove(descriptor)
         os.close(descriptor)
+
+
+_locks: set[int] = set()
+
+
+def _let_go() -> None:
+    """A lock lasts as long as any process has it open. A forked one that outlives a killed parent must not keep it."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
