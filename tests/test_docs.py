@@ -60,22 +60,23 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 @cache
-def help_of(module_or_script: str) -> str:
-    """What `--help` prints. Run in this process: starting another one costs ten seconds of imports."""
-    printed = io.StringIO()
+def help_of(module_or_script: str, command: str = "") -> str:
+    """What `--help` prints, after a command if there is one. Run in this process: starting another one costs ten
+    seconds of imports."""
+    printed, words = io.StringIO(), [*command.split(), "--help"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", [module_or_script, "--help"])
+        patch.setattr(sys, "argv", [module_or_script, *words])
         with pytest.raises(SystemExit) as end:
-            run(module_or_script)
-    assert end.value.code in (0, None), f"{module_or_script} --help ends with {end.value.code}"
+            run(module_or_script, words)
+    assert end.value.code in (0, None), f"{module_or_script} {command} --help ends with {end.value.code}"
     return printed.getvalue()
 
 
-def run(module_or_script: str) -> None:
+def run(module_or_script: str, words: list[str]) -> None:
     if module_or_script.endswith(".py"):
         runpy.run_path(str(ROOT / module_or_script), run_name="__main__")
     else:
-        importlib.import_module(module_or_script).main(["--help"])
+        importlib.import_module(module_or_script).main(words)
 
 
 def unknown_flags(words: list[str], text: str) -> list[str]:
@@ -109,7 +110,10 @@ def test_command_exists(place: str, words: list[str]) -> None:
     if name.startswith("python") and len(words) > 1:
         if words[1] in {"-m", "--module"} and words[2].startswith("geochat"):
             assert importlib.util.find_spec(words[2]), f"{place}: no module {words[2]}"
-            assert not (wrong := unknown_flags(words[3:], help_of(words[2]))), f"{place}: unknown {wrong}"
+            takes_command = "COMMAND" in help_of(words[2])
+            command = words[3] if takes_command and words[3:] and not words[3].startswith("-") else ""
+            wrong = unknown_flags(words[3:], help_of(words[2], command))
+            assert not wrong, f"{place}: unknown {wrong}"
         elif words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), f"{place}: no script {words[1]}"
             assert not (wrong := unknown_flags(words[2:], help_of(words[1]))), f"{place}: unknown {wrong}"

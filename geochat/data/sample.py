@@ -5,8 +5,8 @@ A record is one JSON object::
     {"id": "42", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"},
                                                      {"from": "gpt", "value": "A harbour."}]}
 
-``image`` may be a string, a list of strings, or absent (a text-only sample). Everything behind this file
-works on `Sample` and `Turn`.
+``image`` may be a string, a list of strings, or absent (a text-only sample). VHM's lists have ``source_dataset`` beside
+it: the folder that the image lies in. Everything behind this file works on `Sample` and `Turn`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Sample:
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected an object, found {type(record).__name__}")
         images = _images(record.get("image"), where)
+        if folder := record.get("source_dataset"):
+            images = tuple(f"{folder}/{name}" for name in images)
         turns = _turns(record.get("conversations"), where)
         marked = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
         if marked != len(images):

@@ -14,7 +14,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,25 @@ import numpy as np
 from tqdm import tqdm
 
 from geochat.data.boxes import BOX_PATTERN
+from geochat.data.phrases import (
+    DESCRIBE,
+    SHORT,
+    count_phrase,
+    enumeration,
+    place_name,
+    scene_prompt,
+    with_article,
+)
+from geochat.data.pool import process_pool
 from geochat.data.sample import IMAGE_TOKEN, Sample, Turn
+from geochat.data.staged import staged
 from geochat.data.synthetic import KINDS, SCENES, Scene, SceneObject, draw_scene
 from geochat.errors import stop
 
 TEST_SEEDS = 1 << 40
 """Test scene i is drawn from seed TEST_SEEDS + i; training seeds stay below."""
 
-SHORT = "Answer the question using a single word or phrase."
-SCENE_PROMPT = (
-    "Classify the given image in one of the following classes. Classes: "
-    + ", ".join(sorted(SCENES))
-    + ". \nAnswer in one word or a short phrase."
-)
+SCENE_PROMPT = scene_prompt(sorted(SCENES))
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,9 @@ class Question:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-def place_name(item: SceneObject) -> str:
-    """Which ninth of the picture the centre lies in: "top left" … "bottom right"."""
-    row = ("top", "", "bottom")[min(2, int(item.y * 3))]
-    column = ("left", "", "right")[min(2, int(item.x * 3))]
-    return " ".join(word for word in (row, column) if word) or "center"
-
-
 def phrases(item: SceneObject) -> list[tuple[str, frozenset[tuple[str, str]]]]:
     """Ways to name an object, shortest first, each with the attributes it states."""
-    kind, colour, place = ("kind", item.kind), ("colour", item.colour), ("place", place_name(item))
+    kind, colour, place = ("kind", item.kind), ("colour", item.colour), ("place", place_name(item.x, item.y))
     ways = [
         (item.kind, {kind}),
         (f"{item.colour} {item.kind}", {kind, colour}),
@@ -74,7 +72,7 @@ def phrases(item: SceneObject) -> list[tuple[str, frozenset[tuple[str, str]]]]:
 
 def fits(item: SceneObject, stated: frozenset[tuple[str, str]]) -> bool:
     """Whether an object could be meant. A middle-sized one may pass for small or large, so it makes a phrase unclear."""
-    facts = {"kind": item.kind, "colour": item.colour, "place": place_name(item), "size": item.size}
+    facts = {"kind": item.kind, "colour": item.colour, "place": place_name(item.x, item.y), "size": item.size}
     return all(facts[name] == value or (name == "size" and not item.size) for name, value in stated)
 
 
@@ -84,10 +82,6 @@ def boxes_text(items: list[SceneObject], between: str = "") -> str:
 
 def _polygons(items: list[SceneObject], side: int) -> list[list[list[float]]]:
     return [item.box().polygon(side, side).round(2).tolist() for item in items]
-
-
-def count_phrase(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("s" if count > 1 else "")
 
 
 class Asker:
@@ -185,11 +179,10 @@ class Asker:
             f"<p>{count_phrase(len(items), f'{colour} {kind}')}</p> {boxes_text(items, '<delim>')}"
             for (colour, kind), items in groups.items()
         ]
-        listed = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + "".join(parts[-1:])
-        article = "An" if self.scene.name[0] in "aeiou" else "A"
-        answer = f"{article} {self.scene.name} with {listed}." if parts else f"{article} {self.scene.name}."
+        scene = with_article(self.scene.name).capitalize()
+        answer = f"{scene} with {enumeration(parts)}." if parts else f"{scene}."
         truth = _polygons(self.scene.objects, self.scene.image.width)
-        return Question("grounding", "[grounding] Describe the image in detail.", answer, truth)
+        return Question("grounding", DESCRIBE, answer, truth)
 
 
 MIX = {
@@ -292,7 +285,7 @@ def write_dataset(
         raise ValueError(f"--seed {seed}: training seeds lie between 0 and {TEST_SEEDS}")
     images = output / "images"
     images.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with process_pool(workers or os.cpu_count()) as pool:
         for split, count, first in (("train", train, seed), ("test", test, TEST_SEEDS + seed)):
             if not count:
                 continue
@@ -302,13 +295,11 @@ def write_dataset(
             )
             rows = [row for rows in made for row in rows]
             target = output / ("train.json" if split == "train" else "questions.jsonl")
-            partial = target.with_name(target.name + ".partial")
-            with partial.open("w", encoding="utf-8") as file:
+            with staged(target) as partial, partial.open("w", encoding="utf-8") as file:
                 if split == "train":
                     json.dump(rows, file, ensure_ascii=False, indent=0)
                 else:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            partial.replace(target)
 
 
 def main(argv: list[str] | None = None) -> None:

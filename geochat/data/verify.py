@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,9 @@ from tqdm import tqdm
 
 from geochat.data.boxes import box_faults
 from geochat.data.images import open_image
+from geochat.data.pool import process_pool
 from geochat.data.sample import IMAGE_TOKEN, ImageCountError, Sample
+from geochat.data.staged import staged
 from geochat.data.store import InstructionStore
 from geochat.errors import stop
 
@@ -128,7 +129,7 @@ def _check_images(paths: list[Path], decode: bool, workers: int) -> Iterator[tup
     if workers <= 1 or len(paths) <= _CHUNK:
         yield from map(check, paths)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(check, paths, chunksize=_CHUNK)
 
 
@@ -184,10 +185,8 @@ def main(argv: list[str] | None = None) -> int:
 def _write_json(path: Path, file: Path, rows: int, problems: list[Problem]) -> None:
     counts = {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS}
     content = {"file": str(file), "rows": rows, "counts": counts, "problems": [asdict(p) for p in problems]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    with staged(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

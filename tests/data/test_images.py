@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from geochat.data import images
-from geochat.data.images import open_image
+from geochat.data.images import image_size, open_image
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -91,6 +91,23 @@ def test_huge_images_are_refused(tmp_path: Path, monkeypatch):
     noise().save(path)
     with pytest.raises(ValueError, match=r"x\.png: refused, 40 x 30 pixels"):
         open_image(path)
+    assert open_image(path, max_pixels=1200).size == (40, 30)
+    # Pillow's own bound rises with it, and falls back.
+    bound = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"x\.png: refused"):
+        image_size(path)
+    assert image_size(path, max_pixels=1200) == (40, 30)
+    assert Image.MAX_IMAGE_PIXELS == 100 != bound
+
+
+def test_the_size_is_read_from_the_header(tmp_path: Path):
+    path = tmp_path / "x.png"
+    noise(size=(200, 100)).save(path)
+    path.write_bytes(path.read_bytes()[:200])
+    assert image_size(path) == (200, 100)
+    with pytest.raises(ValueError, match=r"y\.png: image file not found"):
+        image_size(tmp_path / "y.png")
 
 
 def test_open_files_and_images_are_taken_too():

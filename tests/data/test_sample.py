@@ -26,6 +26,13 @@ def test_images_as_a_list():
     assert sample.turns[0].text == "<image>\n<image>\nWhich?"
 
 
+def test_the_folder_of_vhm_lists():
+    sample = Sample.from_record(record("<image>\nWhat?", "A ship.", image="a/x.png", source_dataset="fmow"))
+    assert sample.images == ("fmow/a/x.png",)
+    assert Sample.from_record(sample.to_record()) == sample
+    assert Sample.from_record(record("Hello", "Hi", source_dataset="fmow")).images == ()
+
+
 @pytest.mark.parametrize("keys", [{}, {"image": None}, {"image": ""}, {"image": []}])
 def test_no_image(keys: dict):
     assert Sample.from_record(record("Hello", "Hi", **keys)).images == ()
