@@ -49,7 +49,7 @@ class EpochSampler(Sampler[int]):
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(self.size)
         if self.images is not None:
-            order = by_image(order, self.images, self.lengths, self.micro_batch, random)
+            order = by_image(order, self.images, self.lengths, self.batch, self.micro_batch, random)
         elif self.lengths is not None:
             order = grouped(order, self.lengths, self.batch, random)
         return iter(order.tolist())
@@ -77,40 +77,52 @@ def by_image(
     order: np.ndarray,
     images: np.ndarray,
     lengths: np.ndarray | None,
+    batch: int,
     micro_batch: int,
     random: np.random.Generator,
 ) -> np.ndarray:
     """A permutation of `order` in which the samples of an image stand in one micro-batch.
 
     An image with more samples than a micro-batch holds is spread over several. Images are taken in the order in which
-    `order` first names them, a pool of micro-batches at a time, in which those of similar length (where `lengths` are
-    given) share a micro-batch; texts without an image keep to themselves. Micro-batches are then shuffled, and so is
-    every choice but this one: which samples meet.
+    `order` first names them, POOL_BATCHES batches at a time, in which (where `lengths` are given) those of similar length
+    share a micro-batch and similar micro-batches a batch; texts without an image keep to themselves. Batches are then
+    shuffled: which samples meet is all that differs from a random order.
     """
-    batches: list[np.ndarray] = []
+    whole: list[np.ndarray] = []  # of all processes
+    single: list[np.ndarray] = []  # micro-batches that make no whole batch
     rest: list[np.ndarray] = []
     for texts in (False, True):
-        groups = _groups(order[(images[order] < 0) == texts], images, micro_batch)
         left: list[np.ndarray] = []
-        pool: list[np.ndarray] = []
-        held = 0
-        for group in groups:
-            pool.append(group)
-            held += len(group)
-            if held >= micro_batch * POOL_BATCHES:
-                full, left = _filled([*left, *pool], lengths, micro_batch)
-                batches += full
-                pool, held = [], 0
-        full, left = _filled([*left, *pool], lengths, micro_batch)
-        batches += full
+        for pool in _pools(
+            _groups(order[(images[order] < 0) == texts], images, micro_batch), batch * POOL_BATCHES
+        ):
+            full, left = _filled([*left, *pool], lengths, micro_batch)
+            each = batch // micro_batch
+            units = [np.concatenate(full[i : i + each]) for i in range(0, len(full) - each + 1, each)]
+            whole += units
+            single += full[len(units) * each :]
         rest += left
     if rest:  # groups that fit into no whole micro-batch are cut where its end falls
-        tail = np.concatenate(rest)
-        whole = len(tail) - len(tail) % micro_batch
-        batches += np.split(tail[:whole], whole // micro_batch) if whole else []
-        rest = [tail[whole:]]
-    shuffled = [batches[i] for i in random.permutation(len(batches))]
+        rest = [np.concatenate(rest)]
+    shuffled = [
+        *(whole[i] for i in random.permutation(len(whole))),
+        *(single[i] for i in random.permutation(len(single))),
+    ]
     return np.concatenate([*shuffled, *rest]) if shuffled or rest else order
+
+
+def _pools(groups: list[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    """Consecutive groups with about `size` samples together."""
+    pool: list[np.ndarray] = []
+    held = 0
+    for group in groups:
+        pool.append(group)
+        held += len(group)
+        if held >= size:
+            yield pool
+            pool, held = [], 0
+    if pool:
+        yield pool
 
 
 def _groups(order: np.ndarray, images: np.ndarray, most: int) -> list[np.ndarray]:
@@ -135,7 +147,7 @@ def _filled(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Whole micro-batches out of groups, none of which is cut, and the groups that are left."""
     if lengths is not None:
-        groups = sorted(groups, key=lambda group: int(np.abs(lengths[group]).max()))
+        groups = sorted(groups, key=lambda group: int(np.abs(lengths[group]).sum()))  # a row holds them all
     full: list[np.ndarray] = []
     open_: list[list[np.ndarray]] = []
     room: list[int] = []
