@@ -25,12 +25,14 @@ from geochat.model.weights import State, open_weights
 FOLDERS = {
     "geochat": ("geochat_tiny", 504, 1e-5),
     "llava": ("llava_tiny", 336, 1e-5),
-    "vhm": ("vhm_tiny", 336, 5e-5),
-    "lora": ("lora", 504, 1e-4),
-    "dora": ("dora", 336, 1e-4),
-    "xtuner": ("xtuner/converted", 336, 5e-5),
+    "vhm": ("vhm_tiny", 336, 1e-5),
+    "lora": ("lora", 504, 2e-5),
+    "dora": ("dora", 336, 2e-5),
+    "xtuner": ("xtuner/converted", 336, 2e-5),
 }
-"""Expected folder → the folder in the original layout, the resolution that follows from it, the fair tolerance."""
+"""Expected folder → the folder in the original layout, the resolution that follows from it, the tolerance. The first three
+are equal to the bit on the machine that wrote this; adapters come merged here and were attached there, at most 1e-5 apart,
+which another processor may round a little further."""
 
 
 @pytest.mark.parametrize("name", FOLDERS)
