@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geochat.model.convert import convert
+from geochat.model.convert import Source, convert
 from geochat.model.merge import merge_adapter
 from geochat.model.weights import open_weights
 
@@ -67,7 +67,7 @@ def test_files_are_real_pickles(modules, folders: Path) -> None:
 def test_steps_and_their_checks(modules, folders: Path) -> None:
     _, checks, _ = modules
     source, adapter, hf, merged = (folders / name for name in ("source", "adapter", "hf", "merged"))
-    convert(source, hf, "hf", progress=False)
+    convert(Source(source), hf, "hf", progress=False)
     checks.same(source, hf)
     merge_adapter(adapter, None, merged, probe=False)
     checks.merged(source, adapter, merged)

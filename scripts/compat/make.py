@@ -27,7 +27,7 @@ from transformers import LlavaForConditionalGeneration
 from geochat.data.sample import Turn
 from geochat.model.canonical import DERIVED_BUFFERS
 from geochat.model.checkpoint import load, save_model
-from geochat.model.convert import convert
+from geochat.model.convert import Source, convert
 from geochat.model.weights import open_weights
 
 TURNS = (
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     assets = os.environ.get("GEOCHAT_ASSETS")
     golden = Path(assets) / "golden/geochat_tiny" if assets else None
     if golden is not None and golden.is_dir():
-        makers["geochat-504"] = lambda _, model: convert(golden, model, "hf", progress=False) and None
+        makers["geochat-504"] = lambda _, model: convert(Source(golden), model, "hf", progress=False) and None
     shutil.rmtree(args.output, ignore_errors=True)
     pictures(args.output / "images")
     for name, make in makers.items():
@@ -153,7 +153,7 @@ def write_reference(folder: Path, images: Path) -> None:
 
 def assert_original_keys(golden: Path, target: Path) -> None:
     """The exported original layout has the keys that the original program wrote, but for derived buffers."""
-    convert(golden, target, "llava", progress=False)
+    convert(Source(golden), target, "llava", progress=False)
     ours = set(open_weights(target))
     theirs = {key for key in open_weights(golden) if not key.endswith(DERIVED_BUFFERS)}
     if ours != theirs:
