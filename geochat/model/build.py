@@ -60,6 +60,7 @@ _LLAMA_FIELDS = [
 _LLAMA_TYPES = ("llama", "llava", "llava_llama", "geochat", "vhm", "internlm", "internlm2")
 GEOCHAT_SIZE = 504
 """GeoChat's resolution: no config.json says it, its code does."""
+_MEAN_COLUMNS = 256
 _TOWER = "vision_tower."
 _EMBEDDINGS = "language_model.model.embed_tokens.weight"
 _HEAD = "language_model.lm_head.weight"
@@ -242,7 +243,9 @@ def _with_rows(entry: Entry, rows: int, known: int) -> Entry:
 
     def grow(table: Tensor) -> Tensor:
         old = table[:known]
-        mean = old.mean(0, dtype=torch.float64).to(table.dtype)
+        # By columns: the whole table in float64 would be a gigabyte for a 7B model.
+        parts = [columns.mean(0, dtype=torch.float64) for columns in old.split(_MEAN_COLUMNS, dim=1)]
+        mean = torch.cat(parts).to(table.dtype)
         return torch.cat([old, mean.expand(rows - old.shape[0], -1)])
 
     return entry.map(grow, (rows, entry.shape[1]))

@@ -141,17 +141,53 @@ def open_file(file: Path) -> State:
     """The tensors of one .safetensors, .bin or .pth file. Pickles are read with `weights_only=True`."""
     if file.suffix == ".safetensors":
         return _open_safetensors(file)
+    tensors = _load_pickle(file, map_location="meta")  # names, shapes, and where the numbers lie
+    places = {key: _place(tensor) for key, tensor in tensors.items()}
+    if None not in places.values():
+        return {
+            key: _stored(file, key, places[key] or 0, tuple(tensor.shape), tensor.dtype)
+            for key, tensor in tensors.items()
+        }
+    # No zip archive (PyTorch before 1.6), a torch that does not tell the places, or a view of another tensor.
     try:
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before PyTorch 1.6: no zip archive, so it cannot be mapped
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = _load_pickle(file, map_location="cpu", mmap=True)
+    except ValueError:
+        tensors = _load_pickle(file, map_location="cpu")
+    return {key: of_tensor(tensor, file) for key, tensor in tensors.items()}
+
+
+def _load_pickle(file: Path, **options: Any) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(file, weights_only=True, **options)
     except Exception as error:  # torch raises half a dozen types for a damaged or unsafe file
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{file}: cannot be read as plain tensors ({reason})") from None
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file}: holds a {type(loaded).__name__}, not a table of tensors")
-    return {key: of_tensor(value, file) for key, value in loaded.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where the numbers of a tensor begin in the file it was loaded from onto "meta"; None if not in one piece."""
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if start is None or not tensor.is_contiguous():
+        return None
+    return start + tensor.storage_offset() * tensor.dtype.itemsize
+
+
+def _stored(file: Path, key: str, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
+    """A tensor whose numbers lie in one piece in a file, from byte `start` on."""
+
+    def peek(first: int, last: int) -> Tensor:
+        # Not mapped: pages of a mapped file count as memory of the process, and a file cut short kills it.
+        data = bytearray((last - first) * dtype.itemsize)
+        with file.open("rb") as stream:
+            stream.seek(start + first * dtype.itemsize)
+            if stream.readinto(data) != len(data):
+                raise ValueError(f"{file}: cut short while reading {key}")
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    return Entry(shape, dtype, lambda: peek(0, math.prod(shape)).reshape(shape), peek, file)
 
 
 def _open_safetensors(file: Path) -> State:
@@ -163,18 +199,8 @@ def _open_safetensors(file: Path) -> State:
         record = header[key]
         if record["dtype"] not in _FROM_NAME:
             raise ValueError(f"{file}: tensor {key} has dtype {record['dtype']}, which is not supported")
-        shape, dtype = tuple(record["shape"]), _FROM_NAME[record["dtype"]]
-
-        def peek(first: int, last: int) -> Tensor:
-            # Not mapped: pages of a mapped file count as memory of the process, and a file cut short kills it.
-            data = bytearray((last - first) * dtype.itemsize)
-            with file.open("rb") as stream:
-                stream.seek(start + record["data_offsets"][0] + first * dtype.itemsize)
-                if stream.readinto(data) != len(data):
-                    raise ValueError(f"{file}: cut short while reading {key}")
-            return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-        return Entry(shape, dtype, lambda: peek(0, math.prod(shape)).reshape(shape), peek, file)
+        first = start + record["data_offsets"][0]
+        return _stored(file, key, first, tuple(record["shape"]), _FROM_NAME[record["dtype"]])
 
     return {key: entry(key) for key in header}
 
