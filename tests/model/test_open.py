@@ -140,10 +140,13 @@ def test_a_foreign_adapter_becomes_a_canonical_folder(assets: Path, tmp_path: Pa
         assert torch.equal(again.state_dict()[key], tensor), key
 
 
-def test_the_merge_command_takes_a_foreign_adapter(assets: Path, tmp_path: Path) -> None:
-    gap = merge_adapter(assets / "golden/lora", None, tmp_path / "merged", torch.float32)
+@pytest.mark.parametrize("name", ["lora", "dora", "xtuner"])
+def test_the_merge_command_takes_a_foreign_adapter(assets: Path, tmp_path: Path, name: str) -> None:
+    """LoRA, DoRA, and XTuner's, which is LoRA on language model and tower beside a projector."""
+    base = assets / "golden/llava_tiny" if name == "xtuner" else None
+    gap = merge_adapter(assets / "golden" / FOLDERS[name][0], base, tmp_path / "merged", torch.float32)
     assert gap < 1e-5
-    expected = json.loads((assets / "golden/expected/lora/merged_checksums.json").read_text())
+    expected = json.loads((assets / f"golden/expected/{name}/merged_checksums.json").read_text())
     state = open_model(tmp_path / "merged")[1]
     for key, row in expected.items():
         assert_checksums(state[canonical(key)].read(), row)
