@@ -77,13 +77,13 @@ aid() {
     if [ "${RECIPE:-full}" = lora ]; then
         tuned="$folder/merged"
         stage "$folder/run/adapter_model.safetensors" "AID: LoRA and projector" \
-            tune "$folder/base" "$folder" "${LLM_STEPS:-320}" --tune_mm_mlp_adapter True \
+            tune "$folder/base" "$folder" "${LLM_STEPS:-1600}" --tune_mm_mlp_adapter True \
             --lora_r 32 --lora_alpha 64 --lora_dropout 0 --learning_rate 1e-3
         stage "$tuned/config.json" "merge" python scripts/merge_lora_weights.py \
             --model-path "$folder/run" --model-base "$folder/base" --save-model-path "$tuned"
     else
         stage "$folder/run/config.json" "AID: language model and projector" \
-            tune "$folder/base" "$folder" "${LLM_STEPS:-320}" --lora_enable False --learning_rate 1e-3
+            tune "$folder/base" "$folder" "${LLM_STEPS:-1600}" --lora_enable False --learning_rate 1e-3
     fi
     local questions=(--questions "$folder/questions.jsonl" --image-folder "$folder/images")
     ask "$BASE" aid "$folder/eval/base" "${questions[@]}"
