@@ -83,7 +83,8 @@ def by_image(
 ) -> np.ndarray:
     """A permutation of `order` in which the samples of an image stand in one micro-batch.
 
-    An image with more samples than a micro-batch holds is spread over several. Images are taken in the order in which
+    An image with more samples than a micro-batch holds is spread over several, and so are some where the numbers do not
+    fit together. Images are taken in the order in which
     `order` first names them, POOL_BATCHES batches at a time, in which (where `lengths` are given) those of similar length
     share a micro-batch and similar micro-batches a batch; texts without an image keep to themselves. Batches are then
     shuffled: which samples meet is all that differs from a random order.
@@ -145,21 +146,26 @@ def _groups(order: np.ndarray, images: np.ndarray, most: int) -> list[np.ndarray
 def _filled(
     groups: list[np.ndarray], lengths: np.ndarray | None, micro_batch: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Whole micro-batches out of groups, none of which is cut, and the groups that are left."""
+    """Whole micro-batches out of groups, and what is left, less than one. Groups are only cut where none would fit."""
     if lengths is not None:
         groups = sorted(groups, key=lambda group: int(np.abs(lengths[group]).sum()))  # a row holds them all
     full: list[np.ndarray] = []
-    open_: list[list[np.ndarray]] = []
+    begun: list[list[np.ndarray]] = []
     room: list[int] = []
     for group in groups:
         place = next((i for i, free in enumerate(room) if free >= len(group)), None)
         if place is None:
             place = len(room)
-            open_.append([])
+            begun.append([])
             room.append(micro_batch)
-        open_[place].append(group)
+        begun[place].append(group)
         room[place] -= len(group)
         if room[place] == 0:
-            full.append(np.concatenate(open_.pop(place)))
+            full.append(np.concatenate(begun.pop(place)))
             room.pop(place)
-    return full, [group for groups_ in open_ for group in groups_]
+    if not begun:
+        return full, []
+    tail = np.concatenate([group for batch in begun for group in batch])
+    whole = len(tail) - len(tail) % micro_batch
+    full += np.split(tail[:whole], whole // micro_batch) if whole else []
+    return full, [tail[whole:]] if whole < len(tail) else []

@@ -241,6 +241,14 @@ def test_samples_of_an_image_meet() -> None:
     assert Counter(images[list(sampler)][:16]) != Counter(first)
 
 
+def test_images_that_fill_no_micro_batch_are_cut() -> None:
+    """Twenty records an image and micro-batches of 32: no images fill one, yet nothing is carried along for ever."""
+    images = np.random.default_rng(0).permutation(np.repeat(np.arange(5000), 20))
+    order = np.array(list(EpochSampler(len(images), seed=3, batch=32, images=images, micro_batch=32)))
+    kinds = sum(len(set(batch)) for batch in images[order].reshape(-1, 32))
+    assert kinds < 5000 * 2
+
+
 def test_an_image_is_read_once_for_its_samples(dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     from geochat.train import dataset as module
 
