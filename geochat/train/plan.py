@@ -147,9 +147,10 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
     )
     reader = Reader(dataset)
     masked = model_args.attn_implementation in ("sdpa", "eager")
-    most = args.plan_rows or len(dataset)
     batches = {
-        name: lay_out(_order(dataset, layout, args, grouped), layout, reader, collate, most, masked=masked)
+        name: lay_out(
+            _order(dataset, layout, args, grouped), layout, reader, collate, args.plan_rows, masked=masked
+        )
         for name, grouped in (("shuffled", False), ("grouped", True))
     }
     asked = "grouped" if args.group_by_modality_length else "shuffled"

@@ -172,4 +172,4 @@ def _hours(plan: Plan, gpu: Gpu, again: bool) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"

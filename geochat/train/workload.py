@@ -155,7 +155,7 @@ class Reader:
 def lay_out(
     order: np.ndarray, layout: Layout, reader: Reader, collate: Collator, most_rows: int, *, masked: bool
 ) -> Batches:
-    """The micro-batches of an epoch in this order, at most `most_rows` rows of them.
+    """The micro-batches of an epoch in this order, at most `most_rows` rows of them (0: all).
 
     masked: rows of several samples need a mask that the attention multiplies in full.
     Raises: ValueError when no row can be used.
@@ -165,7 +165,9 @@ def lay_out(
         raise ValueError(
             f"{len(order)} samples fill no micro-batch for each process, and the last is dropped"
         )
-    count = min(len(dealt), max(1, most_rows // layout.micro_batch))
+    count = len(dealt)
+    if 0 < most_rows < len(order):
+        count = min(count, max(1, most_rows // layout.micro_batch))
     chosen = np.unique(np.linspace(0, len(dealt) - 1, count).round().astype(int))
     loads, samples, real = [], 0, 0
     for index in tqdm(chosen, desc="tokens", unit=" micro-batches", disable=None, leave=False, delay=2):

@@ -295,6 +295,7 @@ def test_long_files_are_read_in_part(flags, tiny_records, tmp_path: Path) -> Non
     assert 20 <= plan.rows_read <= 80
     every = planned([*flags, "--plan_rows", "0"], tmp_path)
     assert every.rows_read == 320
+    assert all(len(batches.loads) == batches.of for batches in every.batches.values())
     assert every.batches["grouped"].padding < every.batches["shuffled"].padding
 
 
