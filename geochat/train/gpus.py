@@ -60,16 +60,14 @@ class Sizing:
     """The most that one sample of a micro-batch takes; see `geochat.train.plan.worst`."""
     share: int
     """Samples of one GPU in one optimizer step."""
+    budget: int | None = None
+    """Most positions computed at once (`--max_tokens_per_micro_batch`); a longer row is computed by itself."""
 
     def footprint(self, setting: Setting, micro_batch: int) -> Footprint:
-        one = self.sample
-        load = Load(
-            one.rows * micro_batch,
-            one.length,
-            one.images * micro_batch,
-            one.supervised * micro_batch,
-            one.causal,
-        )
+        one, rows = self.sample, micro_batch
+        if self.budget is not None:
+            rows = min(micro_batch, max(1, self.budget // one.length))
+        load = Load(rows, one.length, one.images * rows, one.supervised * rows, one.causal)
         return Footprint(
             states(self.counts, self.trained, setting), activations(self.shape, self.trained, setting, load)
         )

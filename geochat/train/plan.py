@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from geochat.model.adapter import trainable_groups
 from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from geochat.train.collate import Collator
 from geochat.train.dataset import InstructionDataset
-from geochat.train.flops import Load, ModelShape, Trained, work
-from geochat.train.gpus import GIB, GPUS, Footprint, Gpu, Sizing, hours
+from geochat.train.flops import Load, ModelShape, Trained
+from geochat.train.gpus import GPUS, Sizing
 from geochat.train.memory import Counts, Setting
 from geochat.train.outline import Outline, outline
+from geochat.train.plan_facts import Plan
+from geochat.train.plan_text import text
 from geochat.train.recipe import compute_dtype, describe, zero_stage
 from geochat.train.sampler import EpochSampler
 from geochat.train.workload import Batches, Layout, Reader, Tokens, lay_out
@@ -33,96 +34,6 @@ from geochat.train.workload import Batches, Layout, Reader, Tokens, lay_out
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 MakeTrainable = Callable[[nn.Module, ModelArguments, TrainingArguments], tuple[Any, nn.Module]]
 MakeCollator = Callable[..., Collator]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is printed; `as_json` has the same content."""
-
-    recipe: str
-    notes: list[str]
-    parameters: dict[str, int]
-    """By group that trains; "total"."""
-    rows: int
-    rows_read: int
-    """Encoded exactly; everything about the whole file is scaled up from them when they are fewer."""
-    bad_rows: int
-    tokens: Tokens
-    layout: Layout
-    asked: str
-    """The order that the flags ask for: a key of `batches`."""
-    batches: dict[str, Batches]
-    """ "shuffled", and "grouped" by length and modality."""
-    steps: int
-    micro_batches: int
-    """Of the whole run, over all GPUs."""
-    ending: str
-    shape: ModelShape
-    trained: Trained
-    setting: Setting
-    sizing: Sizing
-    checked: Gpu | None
-    """The GPU that must hold the run; None: any one of those known."""
-
-    @property
-    def processes(self) -> int:
-        return self.setting.gpus
-
-    def mean_work(self, order: str, checkpointing: bool) -> tuple[float, float]:
-        """Useful and executed operations of one micro-batch, on average over those laid out."""
-        loads = self.batches[order].loads
-        each = [work(self.shape, self.trained, load, checkpointing=checkpointing) for load in loads]
-        return sum(w.useful for w in each) / len(each), sum(w.executed for w in each) / len(each)
-
-    def run_operations(self, checkpointing: bool) -> float:
-        """Executed in the whole run, over all GPUs."""
-        return self.micro_batches * self.mean_work(self.asked, checkpointing)[1]
-
-    @property
-    def footprint(self) -> Footprint:
-        return self.sizing.footprint(self.setting, self.layout.micro_batch)
-
-    def refusal(self) -> str | None:
-        """Why the run cannot be, and the nearest setting that can; None when it fits."""
-        gpus = [self.checked] if self.checked else list(GPUS)
-        if any(self.footprint.fits(gpu) for gpu in gpus):
-            return None
-        gpu, need = gpus[-1], self.footprint
-        flags = self.sizing.nearest(self.setting, self.layout.micro_batch, gpu)
-        advice = (
-            f"the nearest setting that fits: {' '.join(flags)}"
-            if flags
-            else "no setting of this model fits; take more or larger GPUs"
-        )
-        return (
-            f"does not fit {gpu.name}: {need.total / GIB:.1f} of {gpu.memory / GIB:.1f} GiB for each of "
-            f"{self.processes} GPUs ({need.states.total / GIB:.1f} weights, gradients and optimizer, "
-            f"{need.activations.peak / GIB:.1f} activations at micro-batch {self.layout.micro_batch}); {advice}"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        value = asdict(self)
-        for order, batches in self.batches.items():
-            useful, executed = self.mean_work(order, self.setting.checkpointing)
-            facts = asdict(batches) | {"padding": batches.padding, "positions": batches.positions}
-            del facts["loads"]
-            value["batches"][order] = facts | {"useful_flop": useful, "executed_flop": executed}
-        value["run_flop"] = self.run_operations(self.setting.checkpointing)
-        value["footprint"] = asdict(self.footprint) | {"total": self.footprint.total}
-        value["gpus"] = [
-            {
-                "name": gpu.name,
-                "fits": self.footprint.fits(gpu),
-                "hours": hours(value["run_flop"], self.processes, gpu),
-                "largest_micro_batch": {
-                    again: self.sizing.largest(self.setting.changed(checkpointing=again == "recomputed"), gpu)
-                    for again in ("recomputed", "kept")
-                },
-            }
-            for gpu in GPUS
-        ]
-        value["refusal"] = self.refusal()
-        return value
 
 
 def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator: MakeCollator) -> Plan:
@@ -159,7 +70,7 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
     trained = _trained(groups, model_args, args)
     tokens = reader.tokens(outlined.processor.image_tokens)
     shape, counts, setting = ModelShape.of(outlined.config), Counts.of(model), _setting(args)
-    own_rows = not (args.packing or args.share_image_prefix)
+    most = worst(tokens, batches[asked], args)
     share = layout.micro_batch * layout.accumulation
     return Plan(
         recipe=describe(model, outlined.processor, arguments, samples=len(dataset)),
@@ -178,23 +89,26 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
         shape=shape,
         trained=trained,
         setting=setting,
-        sizing=Sizing(shape, trained, counts, worst(tokens, batches[asked], layout, own_rows), share),
+        sizing=Sizing(shape, trained, counts, most, share, args.max_tokens_per_micro_batch),
         checked=next((gpu for gpu in GPUS if gpu.name == args.plan_gpu), None),
     )
 
 
-def worst(tokens: Tokens, batches: Batches, layout: Layout, own_rows: bool) -> Load:
-    """The most that one sample takes of a micro-batch, of what was read.
+def worst(tokens: Tokens, batches: Batches, args: TrainingArguments) -> Load:
+    """The most that one sample takes of what is computed at once, of what was read.
 
-    own_rows: every sample has a row, so all may be as long as the longest. Otherwise rows are shared, and the fullest
-    micro-batch says how much a sample takes there.
+    Where every sample has a row, all may be as long as the longest. Where rows are shared, the fullest micro-batch says
+    how much a sample takes there; its fullest part where it is computed in parts.
     """
-    images, targets = max(tokens.most_images, 1), tokens.most_supervised
-    if own_rows:
-        return Load(1, tokens.longest, images, targets)
-    m = layout.micro_batch
-    positions = max(load.rows * load.length for load in batches.loads)
-    return Load(1, -(-positions // m), -(-max(load.images for load in batches.loads) // m), targets)
+    if not (args.packing or args.share_image_prefix):
+        return Load(1, tokens.longest, max(tokens.most_images, 1), tokens.most_supervised)
+    m = 1 if args.max_tokens_per_micro_batch else args.per_device_train_batch_size
+    return Load(
+        rows=1,
+        length=-(-max(load.rows * load.length for load in batches.loads) // m),
+        images=-(-max(load.images for load in batches.loads) // m),
+        supervised=-(-max(load.supervised for load in batches.loads) // m),
+    )
 
 
 def _dataset(outlined: Outline, data_args: DataArguments, args: TrainingArguments) -> InstructionDataset:
@@ -269,8 +183,6 @@ def _bad_rows(reader: Reader, data_args: DataArguments) -> list[str]:
 
 def run(arguments: Arguments, make_trainable: MakeTrainable, make_collator: MakeCollator) -> None:
     """Print the plan and, where asked, write it. Raises: ValueError, when the run fits no GPU or input is unusable."""
-    from geochat.train.plan_text import text
-
     if os.environ.get("RANK", "0") != "0":
         return  # under a launcher one process plans for all
     plan = make_plan(arguments, make_trainable, make_collator)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from geochat.train.flops import tower_forward
 from geochat.train.gpus import GIB, GPUS, RESERVED, UTILISATION, Gpu, hours
 from geochat.train.memory import Setting
-from geochat.train.plan import Plan
+from geochat.train.plan_facts import Plan
 
 TERA = 1e12
 
@@ -58,7 +58,7 @@ def _batches(plan: Plan) -> list[tuple[str, str]]:
         f"{batches.padding:.1%} {name}{' (asked)' if name == plan.asked else ''}"
         for name, batches in plan.batches.items()
     ]
-    laid = "all" if len(asked.loads) == asked.of else f"{len(asked.loads):,}"
+    laid = "all" if asked.laid_out == asked.of else f"{asked.laid_out:,}"
     epochs = plan.steps / layout.steps(plan.rows)
     return [
         ("micro-batches", f"{asked.of:,} an epoch over {layout.processes} GPUs; {laid} laid out here"),
@@ -77,7 +77,7 @@ def _operations(plan: Plan) -> list[tuple[str, str]]:
     shape, again = plan.shape, plan.setting.checkpointing
     useful, executed = (value / TERA for value in plan.mean_work(plan.asked, again))
     asked = plan.batches[plan.asked]
-    samples = asked.samples / len(asked.loads)
+    samples = asked.samples / asked.laid_out
     rows = [("tower forward", f"{tower_forward(shape) / TERA:.2f} TF an image, {shape.tower_read} blocks")]
     rows.append(
         ("language model", f"{2 * shape.decoder_weights / 1e9:.2f} GF a token forward, linear layers")

@@ -84,9 +84,11 @@ class Batches:
 
     of: int
     """Micro-batches of the epoch, over all processes."""
+    laid_out: int
+    """Micro-batches that were looked at; the rest is about them."""
     loads: list[Load]
+    """What is computed at once: the micro-batches, or with `--max_tokens_per_micro_batch` their parts."""
     samples: int
-    """In the micro-batches that were laid out."""
     real: int
     """Positions that are no padding."""
 
@@ -176,11 +178,22 @@ def lay_out(
             reason = next(iter(reader.bad.values()))
             raise ValueError(f"no usable row was found among {len(reader.bad)}, the first: {reason}")
         batch = collate(items)
-        rows, length = batch["input_ids"].shape
-        shared = "documents" in batch
-        tokens = (batch["documents"] >= 0).sum() if shared else sum(len(item["input_ids"]) for item in items)
-        pictures = len(batch["pixel_values"]) if "pixel_values" in batch else 1  # an empty one stands in
-        targets = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        loads.append(Load(rows, length, pictures, targets, causal=not (shared and masked)))
-        samples, real = samples + len(items), real + int(tokens)
-    return Batches(len(dealt), loads, samples, real)
+        for part in batch.get("parts") or [batch]:
+            loads.append(_load(part, masked))
+            real += _real(part, collate.pad_token_id)
+        samples += len(items)
+    return Batches(len(dealt), len(chosen), loads, samples, real)
+
+
+def _load(batch: dict[str, Any], masked: bool) -> Load:
+    rows, length = batch["input_ids"].shape
+    pictures = len(batch["pixel_values"]) if "pixel_values" in batch else 1  # an empty one stands in
+    targets = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    return Load(rows, length, pictures, targets, causal=not (masked and "documents" in batch))
+
+
+def _real(batch: dict[str, Any], pad_token_id: int) -> int:
+    """Positions that are no padding."""
+    if "documents" in batch:
+        return int((batch["documents"] >= 0).sum())
+    return int((batch["input_ids"] != pad_token_id).sum())

@@ -23,7 +23,8 @@ from geochat.train.arguments import parse_arguments
 from geochat.train.flops import Load, ModelShape, Trained, tower_forward, work
 from geochat.train.gpus import GPUS, Sizing
 from geochat.train.memory import NF4_BYTES, Counts, Setting, states
-from geochat.train.plan import Plan, make_plan
+from geochat.train.plan import make_plan
+from geochat.train.plan_facts import Plan
 from geochat.train.recipe import unfreeze_tower
 from geochat.train.train import main, make_collator, make_trainable, prepare
 from geochat.train.trainer import SupervisedRows
@@ -263,26 +264,37 @@ def test_micro_batches_are_dealt_as_accelerate_deals_them(processes: int, drop_l
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--group_by_modality_length", "True"], ["--share_image_prefix", "True", "--packing", "True"]],
-    ids=["shuffled", "grouped", "shared"],
+    [
+        [],
+        ["--group_by_modality_length", "True"],
+        ["--share_image_prefix", "True", "--packing", "True"],
+        ["--max_tokens_per_micro_batch", "200"],
+    ],
+    ids=["shuffled", "grouped", "shared", "in parts"],
 )
 def test_batches_and_steps_are_those_of_training(extra: list[str], flags, tmp_path: Path) -> None:
     argv = [*flags, *extra, "--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2"]
     plan = planned(argv, tmp_path)
     trainer, _ = prepare(parse_arguments([*argv, "--output_dir", str(tmp_path)]))
     loader = trainer.get_train_dataloader()
+    batches = list(loader)
+    parts = [part for batch in batches for part in batch.get("parts", [batch])]
     real = [
-        (*batch["input_ids"].shape, len(batch["pixel_values"]), int((batch["labels"] != IGNORE_INDEX).sum()))
-        for batch in loader
+        (
+            *part["input_ids"].shape,
+            len(part["pixel_values"]) if "pixel_values" in part else 1,
+            int((part["labels"] != IGNORE_INDEX).sum()),
+        )
+        for part in parts
     ]
     loads = plan.batches[plan.asked].loads
     assert [(load.rows, load.length, load.images, load.supervised) for load in loads] == real
     assert plan.rows_read == plan.rows == 8
     assert plan.steps == trainer.set_initial_training_values(trainer.args, loader)[-1]
-    assert plan.micro_batches == 3 * len(real)
+    assert plan.micro_batches == 3 * len(batches)
     positions = sum(rows * length for rows, length, *_ in real)
     pad = trainer.data_collator.pad_token_id
-    tokens = sum(int((batch["input_ids"] != pad).sum()) for batch in loader)
+    tokens = sum(int((part["input_ids"] != pad).sum()) for part in parts)
     assert plan.batches[plan.asked].padding == pytest.approx(1 - tokens / positions)
 
 
@@ -295,7 +307,7 @@ def test_long_files_are_read_in_part(flags, tiny_records, tmp_path: Path) -> Non
     assert 20 <= plan.rows_read <= 80
     every = planned([*flags, "--plan_rows", "0"], tmp_path)
     assert every.rows_read == 320
-    assert all(len(batches.loads) == batches.of for batches in every.batches.values())
+    assert all(batches.laid_out == batches.of for batches in every.batches.values())
     assert every.batches["grouped"].padding < every.batches["shuffled"].padding
 
 
