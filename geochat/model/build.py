@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def read_parts(
     template: str | None = None,
     feature_layer: int | list[int] | None = None,
     seed: int | None = 0,
+    read: Callable[[Path], State] = open_weights,
 ) -> tuple[LlavaConfig, State, Processor]:
     """Configuration, unread canonical weights and processor of the model that three folders make.
 
@@ -130,6 +132,7 @@ def read_parts(
     template: name of a chat template; None: the one that the special tokens of the language model are made for.
     feature_layer: hidden state(s) of the tower that the projector sees; None: what the LLM folder says, else -2.
     seed: of a fresh projector, where the folders hold none; None: make none, the table returned then has none.
+    read: the tensors of a folder; for a plan, those that it will hold once its weights have come.
 
     `<image>` and `<pad>` are added to the vocabulary, which is padded to a multiple of 64. New rows of the
     embeddings and of lm_head are the mean of the old ones: the same on every machine, and no new word stands out.
@@ -141,7 +144,7 @@ def read_parts(
         raise ValueError(
             f"{llm}: is a {source.get('model_type')} model; a Llama-architecture folder is needed"
         )
-    weights = open_weights(llm)
+    weights = read(llm)
     if source["model_type"] == "internlm2":
         weights = from_internlm2(weights, Heads.of(source), str(llm))
     state = from_llava(weights, str(llm))
@@ -154,7 +157,7 @@ def read_parts(
     image_id = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
     rows = -(-max(len(tokenizer), source["vocab_size"]) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
-    tower, vision_config = _tower(llm, source, state, vision_tower)
+    tower, vision_config = _tower(llm, source, state, vision_tower, read)
     if image_size is None:
         image_size = GEOCHAT_SIZE if source["model_type"] == "geochat" else vision_config.image_size
     side = grid_side(image_size, vision_config.patch_size)
@@ -252,7 +255,11 @@ def _with_rows(entry: Entry, rows: int, known: int) -> Entry:
 
 
 def _tower(
-    llm: Path, source: dict[str, Any], state: State, given: Path | str | None
+    llm: Path,
+    source: dict[str, Any],
+    state: State,
+    given: Path | str | None,
+    read: Callable[[Path], State],
 ) -> tuple[State, CLIPVisionConfig]:
     """The tower's tensors under canonical names, and its configuration: from the folder given, from inside the LLM
     folder, or from the folder that config.json names."""
@@ -261,7 +268,7 @@ def _tower(
     if given is not None or (folder is not None and not inside):
         assert folder is not None
         config = _vision_config(folder)
-        tower = from_clip(open_weights(folder), str(folder))
+        tower = from_clip(read(folder), str(folder))
         if _POSITIONS not in tower:
             raise ValueError(f"{folder}: has no position table; is it a CLIP vision folder?")
         return tower, config

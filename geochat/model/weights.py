@@ -205,8 +205,11 @@ def _open_safetensors(file: Path) -> State:
     return {key: entry(key) for key in header}
 
 
-def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """The table of a safetensors file: key -> dtype, shape, data_offsets. Raises ValueError on a damaged file."""
+def read_header(file: Path, whole: bool = True) -> dict[str, dict[str, Any]]:
+    """The table of a safetensors file: key -> dtype, shape, data_offsets. Raises ValueError on a damaged file.
+
+    whole: False takes a file that ends behind its header, too.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -218,7 +221,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{file}: damaged, its header is no JSON; copy or save it again") from None
     header.pop("__metadata__", None)
     end = max((record["data_offsets"][1] for record in header.values()), default=0)
-    if size != 8 + length + end:
+    if whole and size != 8 + length + end:
         raise ValueError(
             f"{file}: {size} bytes, but its header announces {8 + length + end}; copy or save it again"
         )

@@ -12,13 +12,15 @@ import warnings
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
+from geochat.model.weights import read_json
 from geochat.train.legacy import translate_legacy
 
 TEMPLATE_NAMES = {"v1": "vicuna_v1"}
@@ -144,6 +146,16 @@ class TrainingArguments(transformers.TrainingArguments):
     """Delete the checkpoints of an earlier run in `--output_dir` instead of refusing to start."""
     remove_unused_columns: bool = False
     dataloader_num_workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
+    dry_run: bool = False
+    """Print what the run would do, need and cost, and end; reads no weights and no images, and needs no GPU."""
+    plan_gpus: int | None = None
+    """With `--dry_run`: GPUs of the run; default: the processes started."""
+    plan_gpu: Literal["a100-40g", "a100-80g", "h100-80g", "h200-141g"] | None = None
+    """With `--dry_run`: the GPU that must hold the run; default: any of these."""
+    plan_rows: int = 2000
+    """With `--dry_run`: rows to tokenise at most, for each order of samples; 0: all."""
+    plan_json: str | None = None
+    """With `--dry_run`: file to write the plan to."""
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []  # one line for each request that this machine cannot honour
@@ -157,16 +169,18 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(
                 "--load_best_model_at_end is not supported: the best checkpoint is kept, use its folder"
             )
+        self.zero_configuration: dict[str, Any] = {}
+        planned_deepspeed = self._set_deepspeed_aside() if self.dry_run else None
         if self.deepspeed and "RANK" not in os.environ:
             raise ValueError("--deepspeed needs a launcher: start with torchrun or deepspeed")
         self.gradient_accumulation_steps = accumulation_for(
             self.global_batch_size,
             self.per_device_train_batch_size,
             self.gradient_accumulation_steps,
-            int(os.environ.get("WORLD_SIZE", "1")),
+            self._processes(),
         )
         cuda = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 and not (cuda and is_torch_bf16_gpu_available()) and not BF16_ON_CPU:
+        if self.bf16 and not ((cuda and is_torch_bf16_gpu_available()) or BF16_ON_CPU or self.dry_run):
             self.bf16 = False
             self.notes.append("no bfloat16 hardware here: training in float32")
         if self.tf32 and not is_torch_tf32_available():
@@ -183,6 +197,8 @@ class TrainingArguments(transformers.TrainingArguments):
         with warnings.catch_warnings():  # the new name of the flag is missing in transformers 5.16
             warnings.simplefilter("ignore", FutureWarning)
             super().__post_init__()
+        if planned_deepspeed is not None:
+            self.deepspeed = planned_deepspeed
         for name in self.report_to:
             if find_spec(name) is None:
                 raise ValueError(f"--report_to {name}: not installed here (pip install {name})")
@@ -191,6 +207,26 @@ class TrainingArguments(transformers.TrainingArguments):
             self.notes.append(
                 "one process uses one GPU: launch with torchrun or deepspeed to use all of them"
             )
+
+    def _processes(self) -> int:
+        """Of the run, or of the run that is planned."""
+        if not self.dry_run or self.plan_gpus is None:
+            return int(os.environ.get("WORLD_SIZE", "1"))
+        if self.plan_gpus < 1:
+            raise ValueError(f"--plan_gpus {self.plan_gpus}: a run needs at least one")
+        return self.plan_gpus
+
+    @property
+    def world_size(self) -> int:
+        return self._processes() if self.dry_run else super().world_size
+
+    def _set_deepspeed_aside(self) -> str | None:
+        """A plan is made for other machines: DeepSpeed's file is read, and nothing of DeepSpeed is started."""
+        path: str | None = self.deepspeed
+        if path:
+            self.zero_configuration = read_json(Path(path)).get("zero_optimization", {})
+        self.deepspeed = None  # type: ignore[assignment]
+        return path
 
 
 def accumulation_for(target: int | None, per_device: int, accumulation: int, processes: int) -> int:
@@ -204,7 +240,7 @@ def accumulation_for(target: int | None, per_device: int, accumulation: int, pro
     if target % micro:
         raise ValueError(
             f"--global_batch_size {target} cannot be reached: --per_device_train_batch_size {per_device} × "
-            f"{processes} processes = {micro} does not divide it"
+            f"{processes} processes = {micro} does not divide it{_nearest_divisors(target, per_device, processes)}"
         )
     if accumulation not in (1, target // micro):
         raise ValueError(
@@ -212,6 +248,17 @@ def accumulation_for(target: int | None, per_device: int, accumulation: int, pro
             f"({per_device} × {target // micro} × {processes} processes), not {accumulation}: leave it out"
         )
     return target // micro
+
+
+def _nearest_divisors(target: int, per_device: int, processes: int) -> str:
+    """The micro-batches beside `per_device` that divide the target, as the end of a message."""
+    if target % processes:
+        return f"; nor do {processes} processes"
+    share = target // processes
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    below = [size for size in sizes if size < per_device][-1:]
+    above = [size for size in sizes if size > per_device][:1]
+    return f"; {' or '.join(map(str, below + above))} per device does"
 
 
 def _show_in_help(arguments: type) -> None:

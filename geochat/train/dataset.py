@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from geochat.data.images import open_image
 from geochat.data.sample import Sample
@@ -100,7 +101,8 @@ class InstructionDataset(Dataset):
         lengths = np.zeros(len(self), dtype=np.int32)
         images = np.full(len(self), -1, dtype=np.int32)
         numbers: dict[tuple[str, ...], int] = {}
-        for index in range(len(self)):
+        rows = tqdm(range(len(self)), desc="records", unit=" rows", disable=None, leave=False, delay=5)
+        for index in rows:
             try:
                 sample = Sample.from_record(self.store[index], "record")
             except ValueError:

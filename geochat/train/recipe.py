@@ -144,6 +144,8 @@ def zero_stage(args: TrainingArguments) -> int:
     """0 without DeepSpeed."""
     if not args.deepspeed:
         return 0
+    if args.dry_run:
+        return args.zero_configuration.get("stage", 0)
     return args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0)
 
 

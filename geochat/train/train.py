@@ -25,6 +25,7 @@ from geochat.model.build import build_model
 from geochat.model.checkpoint import load
 from geochat.model.processor import Processor
 from geochat.model.weights import open_weights, read_json
+from geochat.train import plan
 from geochat.train.arguments import (
     IMAGE_MODES,
     DataArguments,
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing a user can change
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        if arguments[2].dry_run:
+            return plan.run(arguments, make_trainable, make_collator)
         trainer, resume = prepare(arguments)
     except (ValueError, OSError) as error:
         stop(error)
