@@ -173,9 +173,7 @@ class _Header:
             return found
 
         if kind not in FLOATS:
-            return Entry(
-                shape, torch.float16, lambda: _dequantised(file, name, kind, data, shape), file=file
-            )
+            return Entry(shape, torch.float16, lambda: _dequantised(file, name, kind, data, shape), file=file)
         dtype = FLOATS[kind]
 
         def peek(first: int, last: int) -> Tensor:
