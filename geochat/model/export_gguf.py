@@ -1,7 +1,7 @@
 """Write llama.cpp's two files: the language model, and `mmproj` with the tower and the projector.
 
-What llama.cpp expects is taken from its reader (src/llama-vocab.cpp, src/models/llama.cpp, tools/mtmd/clip.cpp), not
-from its converters, which know neither GeoChat's resolution nor llava-hf's CLIP.
+What llama.cpp expects is taken from its reader (src/models/llama.cpp, tools/mtmd/clip.cpp), not from its converters,
+which know neither GeoChat's resolution nor llava-hf's CLIP.
 """
 
 from __future__ import annotations
@@ -20,19 +20,11 @@ from transformers import LlavaConfig
 from geochat.model.build import stored_dtype
 from geochat.model.canonical import expected_shapes
 from geochat.model.export import TABLES
-from geochat.model.formats.gguf import (
-    FEATURES,
-    TEXT_FIELDS,
-    TOWER_FIELDS,
-    gguf_name,
-    pairs_together,
-    plain_jinja,
-)
+from geochat.model.formats.gguf import gguf_name, pairs_together
 from geochat.model.formats.gguf_file import open_gguf, package
-from geochat.model.formats.sentencepiece import CONTROL, NORMAL, UNUSED, USER_DEFINED, SentencePieceModel
-from geochat.model.processor import CLIP_MEAN, CLIP_STD, Processor
+from geochat.model.gguf_metadata import feature_layers, text_metadata, tower_metadata, vocabulary
+from geochat.model.processor import Processor
 from geochat.model.staging import staged
-from geochat.model.tokenizer import require_plain_bpe
 from geochat.model.weights import Entry, State, assert_same_keys
 
 # dtype -> its name in file names, its tensor type, its "general.file_type".
@@ -42,8 +34,6 @@ _DTYPES = {
     torch.bfloat16: ("bf16", 30, 32),
 }
 _PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
-_ADDED_SCORE = -1000.0  # below every piece: an added token is never the result of merging two others
-Vocabulary = list[tuple[str, float, int]]
 
 
 def write_gguf(
@@ -69,7 +59,7 @@ def write_gguf(
     gguf = package()
     shapes = expected_shapes(config)
     assert_same_keys(state, shapes, f"{folder} (to be written)")
-    pieces = _vocabulary(processor, str(folder))
+    pieces = vocabulary(processor, str(folder))
     text, name = config.text_config, _DTYPES[dtype][0]
     tensors: dict[str, State] = {"model": {}, "mmproj": {}}
     for key in shapes:
@@ -82,8 +72,8 @@ def write_gguf(
             raise ValueError(f"{folder}: {key} has no name in GGUF")
         tensors["model" if key.startswith("language_model.") else "mmproj"][stored] = entry
     metadata = {
-        "model": _text_metadata(config, processor, pieces),
-        "mmproj": _tower_metadata(config),
+        "model": text_metadata(config, processor, pieces),
+        "mmproj": tower_metadata(config),
     }
     title = str(folder) if progress else None
     bar = tqdm(total=len(shapes), desc=title, unit="tensor", disable=title is None, leave=False)
@@ -102,7 +92,7 @@ def write_gguf(
 def _require_expressible(folder: Path, config: LlavaConfig, processor: Processor, dtype: torch.dtype) -> None:
     """Raise ValueError that names the first thing llama.cpp's Llama, CLIP or projector cannot do."""
     text, vision = config.text_config, config.vision_config
-    layers = _feature_layers(config)
+    layers = feature_layers(config)
     rope = (text.rope_parameters or {}).get("rope_type", "default")
     wrong = {
         "this model has no tokenizer.model": processor.sentencepiece is None,
@@ -125,13 +115,6 @@ def _require_expressible(folder: Path, config: LlavaConfig, processor: Processor
         raise ValueError(f"{folder}: holds another checkpoint; name a folder of its own for the GGUF files")
 
 
-def _feature_layers(config: LlavaConfig) -> list[int]:
-    """Hidden states that the projector sees, counted from 0 (the embeddings) up."""
-    layers = config.vision_feature_layer
-    count = config.vision_config.num_hidden_layers
-    return [i if i >= 0 else count + 1 + i for i in ([layers] if isinstance(layers, int) else layers)]
-
-
 def _rounded(key: str, entry: Entry, dtype: torch.dtype) -> Entry:
     if len(entry.shape) < 2 or (key == _PATCHES and dtype is torch.bfloat16):
         # ggml convolves with a float32 or float16 kernel only.
@@ -141,84 +124,6 @@ def _rounded(key: str, entry: Entry, dtype: torch.dtype) -> Entry:
 
 def _first_rows(entry: Entry, rows: int) -> Entry:
     return entry.map(lambda table: table[:rows].clone(), (rows, entry.shape[1]))
-
-
-def _vocabulary(processor: Processor, where: str) -> Vocabulary:
-    """Text, score and type of every token but those that geochat added at the end.
-
-    Raises ValueError for a tokenizer that llama.cpp's would not follow.
-    """
-    assert processor.sentencepiece is not None
-    model = SentencePieceModel.parse(processor.sentencepiece, f"{where}: its tokenizer.model")
-    require_plain_bpe(model, f"{where}: its tokenizer.model")
-    if not model.byte_fallback:
-        raise ValueError(
-            f"{where}: cannot be written as GGUF: llama.cpp needs a tokenizer with byte fallback"
-        )
-    backend = processor.tokenizer.backend_tokenizer
-    added = backend.get_added_tokens_decoder()
-    found: Vocabulary = []
-    for i in range(processor.own_tokens):
-        text = backend.id_to_token(i)
-        piece = model.pieces[i] if i < len(model.pieces) else None
-        if piece is None or piece[0] != text:
-            if i not in added:
-                raise ValueError(f"{where}: token {i} is {text!r}, which its tokenizer.model does not have")
-            piece = (text, _ADDED_SCORE, NORMAL)
-        kind = piece[2]
-        if i in added and kind in (NORMAL, UNUSED):
-            kind = CONTROL if added[i].special else USER_DEFINED
-        found.append((text, piece[1], kind))
-    return found
-
-
-def _text_metadata(config: LlavaConfig, processor: Processor, pieces: Vocabulary) -> dict[str, Any]:
-    text, tokenizer = config.text_config, processor.tokenizer
-    model = SentencePieceModel.parse(processor.sentencepiece or b"", "tokenizer.model")
-    rope = text.rope_parameters or {}
-    facts: dict[str, Any] = {key: getattr(text, field) for key, field in TEXT_FIELDS}
-    facts |= {
-        "general.type": "model",
-        "llama.vocab_size": len(pieces),
-        "llama.attention.key_length": text.head_dim,
-        "llama.attention.value_length": text.head_dim,
-        "llama.rope.freq_base": float(rope.get("rope_theta", 10000.0)),
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": [text for text, _, _ in pieces],
-        "tokenizer.ggml.scores": [score for _, score, _ in pieces],
-        "tokenizer.ggml.token_type": [kind for _, _, kind in pieces],
-        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
-        "tokenizer.ggml.unknown_token_id": model.unk_id,
-        "tokenizer.ggml.padding_token_id": model.unk_id,  # geochat's own is cut off; nothing reads it
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.ggml.add_eos_token": False,
-        "tokenizer.ggml.add_space_prefix": model.add_dummy_prefix,
-        "tokenizer.chat_template": plain_jinja(processor.template.jinja),
-    }
-    if rope.get("rope_type") == "linear":
-        facts |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": float(rope["factor"])}
-    stops = [tokenizer.backend_tokenizer.token_to_id(stop) for stop in processor.template.stop]
-    ends = [i for i in stops if i not in (None, tokenizer.eos_token_id)]
-    return facts | ({"tokenizer.ggml.eot_token_id": ends[0]} if ends else {})
-
-
-def _tower_metadata(config: LlavaConfig) -> dict[str, Any]:
-    vision = config.vision_config
-    return {
-        **{key: getattr(vision, field) for key, field in TOWER_FIELDS},
-        "general.type": "mmproj",
-        "clip.has_text_encoder": False,
-        "clip.has_vision_encoder": True,
-        "clip.has_llava_projector": True,
-        "clip.projector_type": "mlp",
-        "clip.use_gelu": vision.hidden_act == "gelu",  # else the quick one
-        "clip.vision.projection_dim": config.text_config.hidden_size,
-        "clip.vision.image_mean": list(CLIP_MEAN),
-        "clip.vision.image_std": list(CLIP_STD),
-        FEATURES: _feature_layers(config),
-    }
 
 
 def _write(

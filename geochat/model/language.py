@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import CLIPVisionConfig, PreTrainedTokenizerFast
 
 from geochat.data.templates import TEMPLATES, Template
-from geochat.model.formats.gguf import plain_jinja
+from geochat.model.formats.gguf import gguf_template
 from geochat.model.formats.gguf_read import read_sight, read_text, sight_beside, text_file
 from geochat.model.processor import CLIP_MEAN, CLIP_STD, Processor
 from geochat.model.tokenizer import tokenizer_of
@@ -50,7 +50,7 @@ def with_own_template(processor: Processor, llm: Path) -> Processor:
     if not part.chat_template:
         return processor
     for known in TEMPLATES.values():
-        if plain_jinja(known.jinja) == part.chat_template:
+        if gguf_template(known.jinja) == part.chat_template:
             return replace(processor, template=known)
     template = Template.from_jinja(part.chat_template, stop=part.stops)
     return replace(processor, template=template)

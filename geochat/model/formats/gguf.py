@@ -11,6 +11,7 @@ import re
 
 from torch import Tensor
 
+from geochat.data.template_texts import EACH_TURN
 from geochat.model.canonical import KeyTable, rename
 from geochat.model.weights import Entry
 
@@ -75,6 +76,12 @@ TOWER_FIELDS = (
     ("clip.vision.attention.layer_norm_epsilon", "layer_norm_eps"),
 )
 FEATURES = "clip.vision.feature_layer"
+# llama.cpp's marks are <__media__>, or with random letters before the closing underscores.
+_BREAK_AFTER_PICTURE = """\
+{%- if '<__media_' in text and '__>\\n' not in text -%}
+{%- set text = text | replace('__>', '__>\\n') -%}
+{%- endif -%}
+"""
 _QUERY_OR_KEY = re.compile(r"language_model\..*\.self_attn\.([qk])_proj\.")
 _IN_LAYER = re.compile(r"((?:.*\.)?(?:blk|layers)\.\d+\.)(.+)")
 
@@ -117,7 +124,12 @@ def pairs_together(key: str, entry: Entry, heads: int, kv_heads: int, backwards:
     return entry.map(reorder)
 
 
-def plain_jinja(jinja: str) -> str:
-    """A chat template in plain Jinja: `{% generation %}` is transformers' own, others stop at it."""
+def gguf_template(jinja: str) -> str:
+    """A chat template for llama.cpp: in plain Jinja, and with the line break after a picture.
+
+    `{% generation %}` is transformers' own, other programs stop at it. A picture comes as a mark in the text, before
+    the words and without the line break that the family was trained with.
+    """
     opened = re.sub(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", r"{%\1 if true \2%}", jinja)
-    return re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", opened)
+    plain = re.sub(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", r"{%\1 endif \2%}", opened)
+    return plain.replace(EACH_TURN, EACH_TURN + _BREAK_AFTER_PICTURE)

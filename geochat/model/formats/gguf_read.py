@@ -185,10 +185,15 @@ def text_file(path: Path) -> Path:
     return texts[0].path
 
 
+def sights_beside(file: Path) -> list[Path]:
+    """The `mmproj` files in the folder of a GGUF file, but for that file itself."""
+    others = [other for other in sorted(file.parent.glob("*.gguf")) if other != file]
+    return [other for other in others if open_gguf(other).get("general.architecture", str) == "clip"]
+
+
 def sight_beside(text: Path) -> Path | None:
     """The `mmproj` file in the folder of a language model's file. Raises ValueError when there are several."""
-    others = [file for file in sorted(text.parent.glob("*.gguf")) if file != text]
-    sights = [file for file in others if open_gguf(file).get("general.architecture", str) == "clip"]
+    sights = sights_beside(text)
     if len(sights) > 1:
         names = ", ".join(file.name for file in sights)
         raise ValueError(f"{text.parent}: holds several towers ({names}); give one with --vision-tower")
