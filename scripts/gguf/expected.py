@@ -22,7 +22,7 @@ from geochat.data.sample import IMAGE_TOKEN
 from geochat.data.synthetic import draw_scene
 from geochat.model.canonical import expected_shapes, instantiate
 from geochat.model.checkpoint import read_checkpoint
-from geochat.model.convert import convert
+from geochat.model.convert import Source, convert
 from geochat.model.export_gguf import write_gguf
 from geochat.model.processor import PAD_COLOUR
 from geochat.model.weights import of_tensor
@@ -64,7 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     for name, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
-        convert(arguments.model, out / name, "gguf", dtype=dtype, progress=False)
+        convert(Source(arguments.model), out / name, "gguf", dtype=dtype, progress=False)
     chat = Chat.load(arguments.model, device="cpu", dtype=torch.float32)
     size = chat.processor.image_size
     requests: list[tuple[str, str | None, Request]] = []
@@ -82,6 +82,9 @@ def main() -> None:
         {
             "shape": shape,
             "image": file,
+            "question": request.turns[-1].text.removeprefix(f"{IMAGE_TOKEN}\n")
+            if len(request.turns) == 1
+            else None,
             "prompt": chat.processor.template.render(request.turns, add_generation_prompt=True),
             "ids": prompt_ids(chat, request),
             "answer": list(answer.token_ids),

@@ -9,6 +9,7 @@ that must not: an id of any prompt, or in f32 an answer but to pictures that lla
 from __future__ import annotations
 
 import argparse
+import base64
 import ctypes
 import json
 from collections import defaultdict
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import llama_cpp
 import numpy as np
 from llama_cpp import mtmd_cpp as mtmd
+from llama_cpp.llama_chat_format import MTMDChatHandler
 from PIL import Image
 
 F32 = 0  # ggml's number of the type
@@ -142,6 +144,30 @@ def odd(folder: Path, wanted: dict[str, list]) -> bool:
     return bool(np.abs(logits).max() < 1e-3 and feature < 0.01)
 
 
+def chat(folder: Path, facts: dict[str, Any]) -> bool:
+    """The way of a chat program: the template in the file, the picture as an address; whether answers are the same."""
+    (text,), (sight,) = (folder / "f32").glob("model-*.gguf"), (folder / "f32").glob("mmproj-*.gguf")
+    rows = [row for row in facts["rows"] if row["question"] and row["shape"] == "exact"]
+    same = 0
+    options: dict[str, Any] = {"n_ctx": 2048, "n_threads": 1, "type_k": F32, "type_v": F32, "verbose": False}
+    llama = llama_cpp.Llama(
+        str(text), chat_handler=MTMDChatHandler(str(sight), verbose=False), flash_attn=False, **options
+    )
+    for row in rows:
+        data = base64.b64encode((folder / row["image"]).read_bytes()).decode()
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        parts = [picture, {"type": "text", "text": row["question"]}]
+        answer = llama.create_chat_completion(
+            [{"role": "user", "content": parts}],
+            temperature=0,
+            repeat_penalty=1,
+            max_tokens=facts["new_tokens"],
+        )
+        same += answer["choices"][0]["message"]["content"].strip() == row["text"].strip()
+    print(f"chat  {same} of {len(rows)} answers the same through the template in the file")
+    return same == len(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="what scripts/gguf/expected.py wrote")
@@ -164,6 +190,7 @@ def main() -> int:
             print(f"{kind:5} {shape:8} {len(found):10} {ids:9} {answers:12} {error:24.5f}  {parted}")
             strict = kind == "f32" and shape not in PADDED_ELSEWISE
             failed |= ids < len(found) or (strict and answers < len(found))
+    failed |= not chat(arguments.folder, facts)
     failed |= not odd(arguments.folder, facts["odd"])
     print("check_gguf: FAILED" if failed else "check_gguf: PASSED")
     return int(failed)
