@@ -1,4 +1,4 @@
-"""Convert a checkpoint: --source X --target Y --format hf|llava|peft|gguf; --help lists the rest."""
+"""Convert a checkpoint: --source X --target Y --format hf|llava|gguf|peft|gguf; --help lists the rest."""
 
 from geochat.model.convert import main
 

@@ -11,7 +11,7 @@ VICUNA_SYSTEM = (
 
 # Messages come as plain text (ours, with the marks already in front) or as a list of parts (what transformers'
 # processors and OpenAI clients send); afterwards `text` is the same. No macro: a call costs as much as the rest.
-_EACH = """\
+EACH_TURN = """\
 {%- for message in messages -%}
 {%- if message['content'] is string -%}
 {%- set text = message['content'] -%}
@@ -36,7 +36,7 @@ VICUNA_V1 = (
     + """ " -}}
 {%- endif -%}
 """
-    + _EACH
+    + EACH_TURN
     + """\
 {%- if message['role'] == 'user' -%}
 {{- 'USER: ' + text + ' ' -}}
@@ -58,7 +58,7 @@ VICUNA_V1 = (
 # LLaVA's stage 1: the question is dropped, the caption follows the image directly.
 PLAIN = (
     "{{- bos_token -}}\n"
-    + _EACH
+    + EACH_TURN
     + """\
 {%- if message['role'] == 'user' -%}
 {{- '<image>' * text.count('<image>') -}}
@@ -83,7 +83,7 @@ def _marked(start: str, after_role: str, end: str, between: str, system: str = "
 """
     return f"""\
 {{{{- bos_token -}}}}
-{default}{_EACH}{{%- if message['role'] == 'assistant' -%}}
+{default}{EACH_TURN}{{%- if message['role'] == 'assistant' -%}}
 {{{{- '{start}assistant{after_role}' -}}}}
 {{%- generation -%}}
 {{{{- text + '{end}' -}}}}

@@ -28,6 +28,7 @@ from geochat.eval.metrics import IOU_MODES
 from geochat.eval.score import Scores, judge, summarise, table, write_scores
 from geochat.model.base import BaseRecord
 from geochat.model.checkpoint import fingerprint
+from geochat.model.formats.gguf_file import is_gguf
 
 
 def evaluate(
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> Scores:
 
 
 def _fingerprint(arguments: argparse.Namespace) -> str:
-    if not arguments.model_path.is_dir():
+    if not arguments.model_path.is_dir() and not is_gguf(arguments.model_path):
         raise ValueError(f"{arguments.model_path}: no checkpoint there (no such folder)")
     named = None
     if (arguments.model_path / "adapter_config.json").exists():

@@ -10,6 +10,7 @@ from transformers import LlavaConfig
 
 from geochat.model.checkpoint import fingerprint
 from geochat.model.formats.adapters import Adapter
+from geochat.model.formats.gguf_file import is_gguf
 from geochat.model.processor import Processor
 from geochat.model.weights import State, read_json
 
@@ -62,7 +63,7 @@ class BaseRecord:
             self.fingerprint,
         )
         for flag, folder in (("--model-base", record.model), ("--vision-tower", record.vision_tower)):
-            if folder is not None and not folder.is_dir():
+            if folder is not None and not folder.is_dir() and not is_gguf(folder):
                 raise ValueError(f"the adapter's base {folder} is not there; say where it is with {flag}")
         if self.fingerprint and base_fingerprint(record.model, record.vision_tower) != self.fingerprint:
             raise ValueError(f"{record.model}: not the base this adapter was trained on (its weights differ)")

@@ -21,8 +21,10 @@ from transformers import (
 from geochat.data.sample import IMAGE_TOKEN
 from geochat.data.templates import get_template
 from geochat.model.canonical import instantiate
+from geochat.model.formats.gguf_file import is_gguf
 from geochat.model.formats.internlm2 import Heads, from_internlm2
 from geochat.model.formats.llava import from_clip, from_llava
+from geochat.model.language import LanguageModel, read_gguf, see_with
 from geochat.model.processor import PAD_TOKEN, Processor
 from geochat.model.projector import fresh_projector, read_projector
 from geochat.model.staging import unfinished
@@ -123,10 +125,10 @@ def read_parts(
     """Configuration, unread canonical weights and processor of the model that three folders make.
 
     llm: a Llama, InternLM or InternLM2 folder, or one in LLaVA's original layout (LLaVA-1.5, GeoChat, VHM), whose
-        projector is then used unless another is given.
+        projector is then used unless another is given; or a GGUF file of a Llama, with `mmproj` beside it or not.
     vision_tower: a CLIPVisionModel or CLIPModel folder; its position table is resampled to `image_size`. It goes
         before a tower inside the LLM folder, as in the original code. None: the tower inside, or the folder that
-        `mm_vision_tower` of config.json names, there or beside the LLM folder.
+        `mm_vision_tower` of config.json names, there or beside the LLM folder. A GGUF `mmproj` brings its projector.
     image_size: None: 504 for GeoChat, else the tower's own.
     projector: `mm_projector.bin`, a safetensors file, or a folder with either; None: LLaVA's own, or a fresh one.
     template: name of a chat template; None: the one that the special tokens of the language model are made for.
@@ -139,25 +141,20 @@ def read_parts(
     Raises ValueError for a folder that is not what it should be, naming the file.
     """
     llm = Path(llm)
-    source = read_config(llm)
-    if source.get("model_type") not in _LLAMA_TYPES:
-        raise ValueError(
-            f"{llm}: is a {source.get('model_type')} model; a Llama-architecture folder is needed"
-        )
-    weights = read(llm)
-    if source["model_type"] == "internlm2":
-        weights = from_internlm2(weights, Heads.of(source), str(llm))
-    state = from_llava(weights, str(llm))
+    brings_projector = is_gguf(vision_tower)
+    part = read_gguf(llm, beside=not brings_projector) if is_gguf(llm) else _read_folder(llm, read)
+    source, state, tokenizer, sentencepiece, inside = part
+    if vision_tower is not None and brings_projector:
+        inside, vision_tower = see_with(Path(vision_tower), source, state), None
     if _HEAD not in state and source.get("tie_word_embeddings"):
         state[_HEAD] = state[_EMBEDDINGS]
-    tokenizer = load_tokenizer(llm)
     known = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.backend_tokenizer.add_special_tokens([IMAGE_TOKEN])
     image_id = tokenizer.backend_tokenizer.token_to_id(IMAGE_TOKEN)
     rows = -(-max(len(tokenizer), source["vocab_size"]) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
-    tower, vision_config = _tower(llm, source, state, vision_tower, read)
+    tower, vision_config = _tower(llm, source, state, vision_tower, inside, read)
     if image_size is None:
         image_size = GEOCHAT_SIZE if source["model_type"] == "geochat" else vision_config.image_size
     side = grid_side(image_size, vision_config.patch_size)
@@ -198,9 +195,23 @@ def read_parts(
         patch_size=vision_config.patch_size,
         image_token_id=image_id,
         pad_token_id=tokenizer.pad_token_id,
-        sentencepiece=(llm / "tokenizer.model").read_bytes() if (llm / "tokenizer.model").exists() else None,
+        sentencepiece=sentencepiece,
     )
     return config, state, processor
+
+
+def _read_folder(llm: Path, read: Callable[[Path], State]) -> LanguageModel:
+    source = read_config(llm)
+    if source.get("model_type") not in _LLAMA_TYPES:
+        raise ValueError(
+            f"{llm}: is a {source.get('model_type')} model; a Llama-architecture folder is needed"
+        )
+    weights = read(llm)
+    if source["model_type"] == "internlm2":
+        weights = from_internlm2(weights, Heads.of(source), str(llm))
+    spm = llm / "tokenizer.model"
+    own = spm.read_bytes() if spm.exists() else None
+    return LanguageModel(source, from_llava(weights, str(llm)), load_tokenizer(llm), own, None)
 
 
 def _usual_template(tokenizer: PreTrainedTokenizerFast, model_type: str) -> str:
@@ -259,10 +270,11 @@ def _tower(
     source: dict[str, Any],
     state: State,
     given: Path | str | None,
+    own: CLIPVisionConfig | None,
     read: Callable[[Path], State],
 ) -> tuple[State, CLIPVisionConfig]:
     """The tower's tensors under canonical names, and its configuration: from the folder given, from inside the LLM
-    folder, or from the folder that config.json names."""
+    folder (own: the configuration that came along), or from the folder that config.json names."""
     inside = {key: entry for key, entry in state.items() if key.startswith(_TOWER)}
     folder = Path(given) if given is not None else local_folder(llm, source.get("mm_vision_tower"))
     if given is not None or (folder is not None and not inside):
@@ -278,7 +290,7 @@ def _tower(
             f"names the vision tower {named}, which is not on this disk" if named else "has no vision tower"
         )
         raise ValueError(f"{llm}: {said}; give its CLIP folder with --vision-tower")
-    return inside, _vision_config(folder) if folder else clip_config(inside, str(llm))
+    return inside, own or (_vision_config(folder) if folder else clip_config(inside, str(llm)))
 
 
 def local_folder(beside: Path, named: str | None) -> Path | None:

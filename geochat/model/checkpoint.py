@@ -25,6 +25,7 @@ from geochat.model.canonical import (
     model_state,
     untie,
 )
+from geochat.model.formats.gguf_read import sights_beside
 from geochat.model.processor import Processor
 from geochat.model.staging import recover, staged
 from geochat.model.vision import grid_side, require_image_size, resample_positions, resize_config
@@ -195,7 +196,7 @@ def portable_config(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def fingerprint(folder: Path | str) -> str:
     """A short hash of the weights in a folder or file: names, shapes and a few values of every tensor. Of an adapter
-    folder, of the adapter's own tensors.
+    folder, of the adapter's own tensors; of a GGUF file, with those of the `mmproj` beside it.
 
     Does not depend on how the tensors are spread over files or whether these are pickles or safetensors.
     Reads some kilobytes per tensor, so it is cheap on a 7B model too.
@@ -203,6 +204,8 @@ def fingerprint(folder: Path | str) -> str:
     path = Path(folder)
     if (path / "adapter_config.json").exists():
         state = open_files(sorted([*path.glob("adapter_model.*"), *path.glob("non_lora_trainables.*")]))
+    elif path.suffix == ".gguf":
+        state = open_files([path, *sights_beside(path)])
     else:
         state = open_weights(path) if path.is_dir() else open_file(path)
     digest = hashlib.sha256()

@@ -1,6 +1,6 @@
 """Any checkpoint of the family into another layout.
 
-    python scripts/convert_checkpoint.py --source X --target Y --format hf|llava|peft [--dtype float16] [--verify]
+    python scripts/convert_checkpoint.py --source X --target Y --format hf|llava|gguf|peft [--dtype float16] [--verify]
 
 One tensor is in memory at a time. Adapters come out merged into their base, but for `--format peft`. A conversion that
 was killed goes on where it was when the command is given again. `--verify` reads the result back and compares every
@@ -21,13 +21,15 @@ from geochat.model.base import OnBase
 from geochat.model.build import stored_dtype
 from geochat.model.canonical import instantiate
 from geochat.model.checkpoint import write_checkpoint
-from geochat.model.export import write_llava
+from geochat.model.export import TABLES, write_llava
 from geochat.model.export_adapter import write_adapter
+from geochat.model.export_gguf import write_gguf
+from geochat.model.formats.gguf_file import is_gguf
 from geochat.model.open import Opened, open_adapter, open_model, open_training_checkpoint, recognise
 from geochat.model.probe import largest_gap, probe_logits
 from geochat.model.weights import State, resume_key
 
-WRITERS: dict[str, Any] = {"hf": write_checkpoint, "llava": write_llava}
+WRITERS: dict[str, Any] = {"hf": write_checkpoint, "llava": write_llava, "gguf": write_gguf}
 FORMATS = (*WRITERS, "peft")
 _TEXT = "USER: Wo liegt der Hafen? ASSISTANT: {<12><34><56><78>|<9>}  « naïve » 港 "
 
@@ -90,7 +92,8 @@ def convert(
     Raises ValueError: unreadable source, target that is the source or cannot be written.
     """
     target = Path(target)
-    if target.exists() and target.samefile(source.path):
+    own = source.path.parent if is_gguf(source.path) and source.path.is_file() else source.path
+    if target.exists() and target.samefile(own):
         raise ValueError(f"{target}: is the source itself; name another folder for the result")
     if layout == "peft":
         adapter = source.on_base()
@@ -103,14 +106,17 @@ def convert(
     return config, state, processor
 
 
-def verify(source: Opened, target: Path, dtype: torch.dtype | None, *, probe: bool = True) -> str:
+def verify(
+    source: Opened, target: Path, dtype: torch.dtype | None, *, probe: bool = True, cut: bool = False
+) -> str:
     """What was found equal when `target` is read back. Raises ValueError that names what differs.
 
     dtype: to which the target was rounded; None: not at all. probe: run both models, one after the other.
+    cut: whether the layout holds only the tokenizer's own rows of the vocabulary.
     """
     config, state, processor = source
     again = open_model(target, image_size=config.vision_config.image_size)
-    wrong = differences(state, again[1], dtype or torch.float32)
+    wrong = differences(state, again[1], dtype or torch.float32, processor.own_tokens if cut else None)
     if wrong:
         raise ValueError(f"{target}: {len(wrong)} tensors differ from the source ({', '.join(wrong[:3])})")
     ours, theirs = (p.tokenizer(_TEXT).input_ids for p in (processor, again[2]))
@@ -133,14 +139,14 @@ def verify(source: Opened, target: Path, dtype: torch.dtype | None, *, probe: bo
     return f"{found}; largest logit gap {gap:.3g}"
 
 
-def differences(source: State, target: State, dtype: torch.dtype) -> list[str]:
+def differences(source: State, target: State, dtype: torch.dtype, rows: int | None = None) -> list[str]:
     """Keys whose values differ between two canonical tables once rounded to `dtype`; rows that only one of two
-    vocabularies has are left out."""
+    vocabularies has are left out, and those from `rows` on, which a layout does not hold."""
     found = sorted(source.keys() ^ target.keys())
     for key in source.keys() & target.keys():
         ours, theirs = source[key].to(dtype).read(), target[key].to(dtype).read()
-        rows = min(len(ours), len(theirs))
-        if ours.shape[1:] != theirs.shape[1:] or not torch.equal(ours[:rows], theirs[:rows]):
+        known = min(len(ours), len(theirs), rows if rows and key in TABLES else len(ours))
+        if ours.shape[1:] != theirs.shape[1:] or not torch.equal(ours[:known], theirs[:known]):
             found.append(key)
     return found
 
@@ -156,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--format", choices=list(FORMATS), default="hf",
         help="hf: for transformers, vLLM and geochat; llava: the original layout, for SGLang and older programs; "
-        "peft: an adapter as an adapter, for geochat and PEFT",
+        "gguf: two files for llama.cpp; peft: an adapter as an adapter, for geochat and PEFT",
     )  # fmt: skip
     add("--model-base", type=Path, help="base of an adapter, where not where the adapter says")
     add("--vision-tower", type=Path, help="CLIP folder of a model that does not hold its tower")
@@ -189,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.format != "peft":
             dtype = dtype or stored_dtype(config)
         if args.verify:
-            print(f"verified: {verify(opened, args.target, dtype, probe=not args.no_probe)}")
+            cut = args.format in ("llava", "gguf")
+            print(f"verified: {verify(opened, args.target, dtype, probe=not args.no_probe, cut=cut)}")
     except ValueError as error:
         stop(error)
     return 0

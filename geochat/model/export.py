@@ -21,7 +21,7 @@ from geochat.model.processor import CLIP_MEAN, CLIP_STD, MAX_TEXT_TOKENS, Proces
 from geochat.model.staging import staged
 from geochat.model.weights import MAX_SHARD_BYTES, Entry, State, assert_same_keys, open_weights, write_weights
 
-_TABLES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+TABLES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _COPIED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings", "rms_norm_eps", "hidden_act", "initializer_range",
@@ -80,7 +80,7 @@ def original_state(state: State, rows: int) -> State:
     for key, entry in state.items():
         name = rename(key, LLAVA, backwards=True)
         assert name is not None, key
-        found[name] = _cut(entry, rows) if key in _TABLES else entry
+        found[name] = _cut(entry, rows) if key in TABLES else entry
     return found
 
 

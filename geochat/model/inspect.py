@@ -26,6 +26,7 @@ KINDS = {
     "xtuner": "XTuner's converted folder",
     "projector": "projector alone (first stage)",
     "pth": "XTuner's training checkpoint",
+    "gguf": "model, GGUF files (llama.cpp)",
 }
 PARTS = {
     "language_model.": "language model",

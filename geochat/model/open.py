@@ -15,7 +15,10 @@ from geochat.model.build import GEOCHAT_SIZE, local_folder, read_config, read_pa
 from geochat.model.checkpoint import read_checkpoint
 from geochat.model.formats import xtuner
 from geochat.model.formats.adapters import read_adapter
+from geochat.model.formats.gguf_file import is_gguf
+from geochat.model.formats.gguf_read import sight_beside, text_file
 from geochat.model.formats.internlm2 import Heads
+from geochat.model.language import with_own_template
 from geochat.model.processor import Processor
 from geochat.model.weights import State, read_json
 
@@ -25,12 +28,15 @@ _PROJECTOR = "multi_modal_projector."
 
 
 def recognise(path: Path) -> str:
-    """What a folder is: "canonical", "adapter", "llava" (original layout), "llm", "clip", "xtuner" or "projector".
+    """What a folder is: "canonical", "adapter", "llava" (original layout), "llm", "clip", "xtuner" or "projector"; a
+    GGUF file or a folder of them: "gguf" with an `mmproj` beside the language model, "llm" without.
 
     "pth" is XTuner's training checkpoint. Raises ValueError when it is none of them.
     """
     if path.suffix == ".pth" and path.exists():
         return "pth"
+    if is_gguf(path):
+        return "gguf" if sight_beside(text_file(path)) else "llm"
     if (path / "adapter_config.json").exists():
         return "adapter"
     if any((path / part).is_dir() for part in xtuner.PARTS) and not (path / "model.safetensors").exists():
@@ -58,11 +64,15 @@ def open_model(
     """Configuration, unread canonical weights and processor.
 
     base: for an adapter, its base where it is not the one that the adapter names; a base may be of any kind.
-    vision_tower: CLIP folder of a model that does not hold its tower.
+    vision_tower: CLIP folder of a model that does not hold its tower, or the `mmproj` file of a GGUF model.
     Raises ValueError that names the file and the flag to give when a part is not on this disk.
     """
     path = Path(path)
+    if is_gguf(path) and is_gguf(vision_tower):
+        return _gguf(path, vision_tower, image_size)
     kind = recognise(path)
+    if kind == "gguf":
+        return _gguf(path, vision_tower, image_size)
     if kind == "canonical":
         return read_checkpoint(path, image_size)
     if kind == "llava":
@@ -131,6 +141,11 @@ def open_training_checkpoint(
     return OnBase(*opened, adapter, base, Path(vision_tower) if vision_tower else None)
 
 
+def _gguf(path: Path, vision_tower: Path | str | None, image_size: int | None) -> Opened:
+    config, state, processor = read_parts(path, vision_tower, image_size=image_size, seed=None)
+    return _whole((config, state, with_own_template(processor, path)), path)
+
+
 def _whole(opened: Opened, path: Path) -> Opened:
     if not any(key.startswith(_PROJECTOR) for key in opened[1]):
         raise ValueError(
@@ -142,7 +157,7 @@ def _whole(opened: Opened, path: Path) -> Opened:
 def _base(path: Path, adapter: Path, given: Path | str | None, flag: str = "--model-base") -> Path:
     """The folder that `flag` gives, or that an adapter_config.json names."""
     if given is not None:
-        if not Path(given).is_dir():
+        if not Path(given).is_dir() and not is_gguf(given):
             raise ValueError(f"{flag} {given}: no such folder")
         return Path(given)
     named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")

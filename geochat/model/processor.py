@@ -55,6 +55,14 @@ class Processor:
         """Tokens that one image takes in the language model."""
         return grid_side(self.image_size, self.patch_size) ** 2
 
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of the tokenizer without `<image>` and `<pad>` where geochat put them at the end."""
+        count = len(self.tokenizer)
+        while count - 1 in (self.image_token_id, self.pad_token_id):
+            count -= 1
+        return count
+
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """[3, image_size, image_size] float32, CLIP-normalised.
 

@@ -28,6 +28,7 @@ _OWN_WEIGHTS = (
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "non_lora_trainables.safetensors",
+    *(f"{part}-{dtype}.gguf" for part in ("model", "mmproj") for dtype in ("f32", "f16", "bf16")),
 )
 
 

@@ -32,14 +32,14 @@ def convert_sentencepiece(file: Path, added: dict[int, str] | None = None) -> Pr
     added: id -> text of the tokens that the checkpoint adds to the model's pieces or puts in place of them.
     Raises ValueError for a model that this conversion cannot reproduce (unigram, normalisation rules).
     """
-    model = SentencePieceModel.read(file)
-    if model.model_type != BPE_MODEL:
-        raise ValueError(f"{file}: not a BPE model; give a folder that has tokenizer.json instead")
-    if model.charsmap or model.remove_extra_whitespaces:
-        raise ValueError(
-            f"{file}: normalises its text; train it with --normalization_rule_name=identity "
-            "--remove_extra_whitespaces=false, or give a folder that has tokenizer.json"
-        )
+    return tokenizer_of(SentencePieceModel.read(file), str(file), added)
+
+
+def tokenizer_of(
+    model: SentencePieceModel, where: str, added: dict[int, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """As `convert_sentencepiece`, of a model that was read already; `where` names it in errors."""
+    require_plain_bpe(model, where)
     texts = [text for text, _, _ in model.pieces]
     specials = {i: text for i, (text, _, kind) in enumerate(model.pieces) if kind in (UNKNOWN, CONTROL)}
     users = {i: text for i, (text, _, kind) in enumerate(model.pieces) if kind == USER_DEFINED}
@@ -71,7 +71,7 @@ def convert_sentencepiece(file: Path, added: dict[int, str] | None = None) -> Pr
             (backend.add_special_tokens if special else backend.add_tokens)([token])
             if backend.token_to_id(text) != number:
                 raise ValueError(
-                    f"{file}: added token {text!r} should have id {number}; the ids in between are missing"
+                    f"{where}: added token {text!r} should have id {number}; the ids in between are missing"
                 )
     bos, eos = texts[model.bos_id], texts[model.eos_id]
     backend.post_processor = processors.TemplateProcessing(
@@ -84,6 +84,17 @@ def convert_sentencepiece(file: Path, added: dict[int, str] | None = None) -> Pr
         unk_token=texts[model.unk_id],
         clean_up_tokenization_spaces=False,
     )
+
+
+def require_plain_bpe(model: SentencePieceModel, where: str) -> None:
+    """Refuse a model that is not BPE, or changes its text before it looks at it."""
+    if model.model_type != BPE_MODEL:
+        raise ValueError(f"{where}: not a BPE model; give a folder that has tokenizer.json instead")
+    if model.charsmap or model.remove_extra_whitespaces:
+        raise ValueError(
+            f"{where}: normalises its text; train it with --normalization_rule_name=identity "
+            "--remove_extra_whitespaces=false, or give a folder that has tokenizer.json"
+        )
 
 
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:

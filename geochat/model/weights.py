@@ -95,7 +95,7 @@ def of_tensor(tensor: Tensor, file: Path | None = None) -> Entry:
 
 
 def open_weights(folder: Path) -> State:
-    """All tensors of a checkpoint folder under their names on disk; safetensors go before pickles.
+    """All tensors of a checkpoint folder under their names on disk; safetensors go before pickles, these before GGUF.
 
     Raises ValueError when the folder has no weights, when a shard named by the index is missing, or when a file is
     damaged.
@@ -105,6 +105,8 @@ def open_weights(folder: Path) -> State:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint folder in reading order."""
+    if folder.suffix == ".gguf" and folder.is_file():
+        return [folder]
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     for single, index in (
@@ -126,6 +128,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if (folder / single).exists():
             return [folder / single]
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return ggufs
     raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin (nor their shards with an index)")
 
 
@@ -138,9 +142,13 @@ def open_files(files: Iterable[Path]) -> State:
 
 
 def open_file(file: Path) -> State:
-    """The tensors of one .safetensors, .bin or .pth file. Pickles are read with `weights_only=True`."""
+    """The tensors of one .safetensors, .gguf, .bin or .pth file. Pickles are read with `weights_only=True`."""
     if file.suffix == ".safetensors":
         return _open_safetensors(file)
+    if file.suffix == ".gguf":
+        from geochat.model.formats.gguf_file import open_gguf  # it builds on this module
+
+        return open_gguf(file).tensors
     tensors = _load_pickle(file, map_location="meta")  # names, shapes, and where the numbers lie
     places = {key: _place(tensor) for key, tensor in tensors.items()}
     if None not in places.values():

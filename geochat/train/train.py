@@ -23,6 +23,8 @@ from geochat.model.adapter import AdapterSpec, attach, trainable_groups
 from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
 from geochat.model.checkpoint import load
+from geochat.model.formats.gguf_file import is_gguf
+from geochat.model.open import recognise
 from geochat.model.processor import Processor
 from geochat.model.weights import open_weights, read_json
 from geochat.train import plan
@@ -107,7 +109,7 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
     """The model to start from, its processor, and what an adapter will remember of it."""
     model_args, data_args, args = arguments
     folder = Path(model_args.model_name_or_path or "")
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_gguf(folder):
         raise ValueError(f"--model_name_or_path {folder}: no such folder")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} is an adapter: merge it first (scripts/merge_lora_weights.py)")
@@ -132,7 +134,7 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             tower = None
     else:
         frozen = model_args.freeze_mm_mlp_adapter or (args.lora_enable and not model_args.tune_mm_mlp_adapter)
-        if frozen and projector is None and not any("mm_projector" in key for key in open_weights(folder)):
+        if frozen and projector is None and not brings_projector(folder, tower):
             raise ValueError(
                 f"{folder} holds no projector, and a fresh one would stay frozen: give one with "
                 "--pretrain_mm_mlp_adapter, or train it with --tune_mm_mlp_adapter True"
@@ -151,8 +153,17 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
     return model, processor, BaseRecord.of(folder, tower, projector)
 
 
+def brings_projector(folder: Path, tower: Path | None) -> bool:
+    """Whether the language model (LLaVA's layout, GGUF) or the tower (GGUF's `mmproj`) comes with a projector."""
+    if is_gguf(tower) or is_gguf(folder):
+        return is_gguf(tower) or recognise(folder) == "gguf"
+    return any("mm_projector" in key for key in open_weights(folder))
+
+
 def is_canonical(folder: Path) -> bool:
     """True for a folder of `LlavaForConditionalGeneration`; LLaVA's own layout shares its `model_type`."""
+    if is_gguf(folder):
+        return False
     config = folder / "config.json"
     if not config.exists():
         raise ValueError(f"{folder}: no config.json, so this is no model folder")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from geochat.model.checkpoint import load, save_model
+from geochat.model.checkpoint import load, read_checkpoint, save_model
+from geochat.model.export_gguf import write_gguf
 from geochat.train import arguments, saving
 from geochat.train.train import main
 from geochat.train.trainer import Trainer
@@ -153,6 +154,25 @@ def test_a_model_from_parts(flags, tiny_llm: Path, tiny_clip: Path, tmp_path: Pa
     model, processor = load(tmp_path)
     assert processor.template.name == "vicuna_v1"
     assert model.get_base_model().config.vision_feature_layer == -2
+
+
+def test_llama_cpps_files_are_a_base(flags, tiny_base: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    """The pair, and its language model alone with a CLIP folder; the adapter knows its base again."""
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "pair", *read_checkpoint(tiny_base))
+    for name, more in (
+        ("whole", []),
+        ("alone", ["--vision_tower", str(tiny_clip), "--tune_mm_mlp_adapter", "True"]),
+    ):
+        base = tmp_path / "pair"
+        if more:
+            base = tmp_path / "llm.gguf"
+            (tmp_path / "pair/model-f32.gguf").rename(base)
+        out = tmp_path / name
+        main([*flags, "--model_name_or_path", str(base), "--output_dir", str(out), "--max_steps", "1",
+              "--image_size", "84", *more])  # fmt: skip
+        model, _ = load(out)
+        assert model.get_base_model().config.text_config.num_hidden_layers == 2
 
 
 def test_bfloat16_keeps_what_trains_in_float32(
