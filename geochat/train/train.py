@@ -36,7 +36,7 @@ from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
 from geochat.train.dataset import BadSampleError, InstructionDataset
 from geochat.train.packing import PackingCollator
-from geochat.train.recipe import choose_trainable, compute_dtype, describe, unfreeze_tower
+from geochat.train.recipe import choose_trainable, compute_dtype, describe, unfreeze_tower, zero_stage
 from geochat.train.saving import (
     Kind,
     RunSaver,
@@ -111,6 +111,13 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
     # Without DeepSpeed the weights that train stay in float32 and the forward pass is autocast; DeepSpeed keeps
     # float32 copies itself and wants one dtype.
     dtype = compute_dtype(args) if args.lora_enable or args.deepspeed else torch.float32
+    quantised: dict[str, Any] = {}
+    if args.quantization:
+        if zero_stage(args) == 3:
+            raise ValueError(
+                f"--bits {args.bits} with ZeRO-3: quantised weights cannot be spread; use scripts/zero2.json"
+            )
+        quantised = {"quantization": args.quantization, "device": str(args.device)}
     tower = Path(model_args.vision_tower) if model_args.vision_tower else None
     projector = Path(model_args.pretrain_mm_mlp_adapter) if model_args.pretrain_mm_mlp_adapter else None
     if is_canonical(folder):
@@ -118,8 +125,10 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             folder,
             image_size=model_args.image_size,
             dtype=dtype,
+            **quantised,
             attn_implementation=model_args.attn_implementation,
         )
+        choose_states(model, model_args.feature_layer, folder)
         if model_args.version:
             processor = processor.with_template(model_args.version)
         if projector:
@@ -141,11 +150,28 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             image_size=model_args.image_size or 504,
             template=model_args.version,
             dtype=dtype,
-            feature_layer=model_args.mm_vision_select_layer,
+            feature_layer=model_args.feature_layer,
+            **quantised,
             attn_implementation=model_args.attn_implementation,
         )
     processor.image_mode = IMAGE_MODES[data_args.image_aspect_ratio]
     return model, processor, BaseRecord.of(folder, tower, projector)
+
+
+def choose_states(model: nn.Module, layers: int | list[int] | None, folder: Path) -> None:
+    """Let the projector see the tower's states that `--mm_vision_select_layer` names, if they are as many as before.
+
+    Raises: ValueError when they are more or fewer: the projector's first layer would have another width.
+    """
+    own = model.config.vision_feature_layer
+    if layers is None or layers == own:
+        return
+    if len(layers if isinstance(layers, list) else [layers]) != len(own if isinstance(own, list) else [own]):
+        raise ValueError(
+            f"--mm_vision_select_layer {layers}: the projector of {folder} was made for {own}; leave the flag out, "
+            "or build the model from a language model and a CLIP folder"
+        )
+    model.config.vision_feature_layer = layers
 
 
 def is_canonical(folder: Path) -> bool:
@@ -167,7 +193,13 @@ def make_trainable(
             dropout=args.lora_dropout,
             use_dora=args.use_dora,
             train_projector=model_args.tune_mm_mlp_adapter,
+            vision_r=args.vision_lora_r,
+            vision_alpha=args.vision_lora_alpha,
         )
+        if args.vision_lora_r and model_args.tune_vision_tower:
+            raise ValueError(
+                "--vision_lora_r and --tune_vision_tower are two ways to train the tower: give one"
+            )
         model = attach(base, spec)
         if model_args.tune_vision_tower:
             unfreeze_tower(base, model_args.tune_vit_from_layer)
