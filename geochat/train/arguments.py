@@ -157,6 +157,8 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_steps: float = 10
     save_steps: float = 500
     save_total_limit: int | None = 2
+    logging_nan_inf_filter: bool = False
+    """A loss that is no number ends the run instead."""
     report_to: str = "none"
     overwrite_output_dir: bool = False
     """Delete the checkpoints of an earlier run in `--output_dir` instead of refusing to start."""

@@ -46,7 +46,7 @@ from geochat.train.saving import (
     resume_point,
     without_zero_init,
 )
-from geochat.train.trainer import Trainer
+from geochat.train.trainer import LossError, Trainer
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         with explained(Path(arguments[2].output_dir), "the final model"):
             trainer.save_model()
         report_bad_samples(trainer)
-    except (BadSampleError, SaveError) as error:
+    except (BadSampleError, LossError, SaveError) as error:
         stop(error)
 
 
