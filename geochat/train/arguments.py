@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
-from geochat.train.legacy import translate_legacy, without_effect
+from geochat.train.legacy import translate_legacy, with_their_defaults, without_effect
 from geochat.train.presets import with_preset
 
 TEMPLATE_NAMES = {"v1": "vicuna_v1"}
@@ -274,8 +274,8 @@ def _show_in_help(arguments: type) -> None:
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Raises: ValueError, with the flag's name, for a flag or value that cannot be used."""
-    argv, notes = translate_legacy(argv)
-    argv = with_preset(argv, notes)
+    translated, notes = translate_legacy(argv)
+    argv = with_preset(with_their_defaults(argv, translated, notes), notes)
     for arguments in (ModelArguments, DataArguments, TrainingArguments):
         _show_in_help(arguments)
     parser = transformers.HfArgumentParser(

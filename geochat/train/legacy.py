@@ -35,6 +35,34 @@ LEGACY_DROPPED = {
 }
 
 
+_OF_THE_ORIGINALS = ("--lazy_preprocess", "--mm_use_im_patch_token", "--is_multimodal", "--tune_entire_model")
+"""Flags that only command lines written for LLaVA, GeoChat or VHM have."""
+
+
+def with_their_defaults(argv: list[str], kept: list[str], notes: list[str]) -> list[str]:
+    """The translated command line, with the defaults of the originals where `argv` was written for them.
+
+    LLaVA trains the model itself unless LoRA is asked for, and the projector beside LoRA. GeoChat's own line does not
+    train the projector, and differs from LLaVA's in that it names no rate for it.
+    """
+    if "--preset" in kept or not any(word.split("=")[0] in _OF_THE_ORIGINALS for word in argv):
+        return kept
+    added: list[str] = []
+    if "--lora_enable" not in kept:
+        added += ["--lora_enable", "False"]
+    elif "--mm_projector_lr" in kept and "--tune_mm_mlp_adapter" not in kept:
+        added += ["--tune_mm_mlp_adapter", "True"]
+    if added:
+        notes.append(
+            f"{' '.join(added)} is taken from this command line's being LLaVA's; give it to say otherwise"
+        )
+    if "--image_size" not in kept:
+        notes.append(
+            "without --image_size images are seen as GeoChat does, at 504 px; --image_size 336 is LLaVA's and VHM's"
+        )
+    return added + kept
+
+
 def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
     """Command line with LLaVA's outdated flags renamed or dropped, and one line for each dropped one."""
     kept: list[str] = []

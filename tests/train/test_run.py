@@ -257,7 +257,9 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_samples(
 
 def test_weights_that_are_no_numbers_are_not_saved(flags, tmp_path: Path, monkeypatch, capsys) -> None:
     def overflow(self: Trainer, model: torch.nn.Module) -> None:
-        model.get_parameter(next(n for n, p in model.named_parameters() if p.requires_grad)).data.fill_(float("inf"))
+        model.get_parameter(next(n for n, p in model.named_parameters() if p.requires_grad)).data.fill_(
+            float("inf")
+        )
 
     monkeypatch.setattr(Trainer, "_clip_grad_norm", overflow)
     error = refused([*flags, "--output_dir", str(tmp_path), "--max_steps", "1", "--save_steps", "1"], capsys)
