@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,19 @@ class ShardedTrainer(transformers.Trainer):
             return False
         zero = self.args.hf_deepspeed_config.config.get("zero_optimization", {})
         return zero.get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def require_same_layout(resume: Path, args: TrainingArguments) -> None:
+    """Raises: ValueError when the optimizer's state in a checkpoint is spread otherwise than this run wants it."""
+    spread = len(list(resume.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    if spread and not args.deepspeed:
+        raise ValueError(f"{resume} was saved under DeepSpeed: resume with --deepspeed and the same file")
+    if args.deepspeed and not spread:
+        raise ValueError(f"{resume} was saved without DeepSpeed: resume without --deepspeed")
+    if spread and spread != args.world_size:
+        raise ValueError(
+            f"{resume} was saved by {spread} processes under ZeRO, now there are {args.world_size}: resume with {spread}"
+        )
 
 
 @contextmanager

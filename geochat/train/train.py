@@ -46,6 +46,7 @@ from geochat.train.saving import (
     resume_point,
     without_zero_init,
 )
+from geochat.train.sharded import require_same_layout
 from geochat.train.trainer import LossError, Trainer
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
@@ -73,6 +74,8 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     """Trainer ready to run, and the checkpoint to resume from. Raises: ValueError, OSError on unusable input."""
     model_args, data_args, args = arguments
     resume = resume_point(args)
+    if resume is not None:
+        require_same_layout(resume, args)
     transformers.set_seed(args.seed)
     with without_zero_init():
         base, processor, record = load_base(arguments)
