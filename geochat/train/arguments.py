@@ -170,8 +170,10 @@ class TrainingArguments(transformers.TrainingArguments):
         if not self.output_dir:
             raise ValueError("--output_dir is missing: the folder of this run")
         self._check_quantisation()
+        if str(self.fsdp).lower() in ("true", "false"):
+            self.fsdp = str(self.fsdp).lower() == "true"
         if self.fsdp:
-            raise ValueError("--fsdp is not supported: use --deepspeed scripts/zero3.json")
+            self._configure_fsdp()
         if self.load_best_model_at_end:
             raise ValueError(
                 "--load_best_model_at_end is not supported: the best checkpoint is kept, use its folder"
@@ -197,6 +199,8 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
             if self.deepspeed:
                 _configure_deepspeed_on_cpu(self)
+            elif self.fsdp:
+                _configure_fsdp_on_cpu(self)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trainable parameter is used in every batch
         with warnings.catch_warnings():  # the new name of the flag is missing in transformers 5.16
@@ -215,6 +219,15 @@ class TrainingArguments(transformers.TrainingArguments):
     def quantization(self) -> Literal["4bit", "8bit"] | None:
         """`--bits` as the model floor wants it."""
         return {4: "4bit", 8: "8bit"}.get(self.bits)  # type: ignore[return-value]
+
+    def _configure_fsdp(self) -> None:
+        """FSDP2, one unit for each block of the language model and of the tower, unless `--fsdp_config` says otherwise."""
+        if self.deepspeed or self.bits < 16:
+            raise ValueError("--fsdp goes neither with --deepspeed nor with --bits: leave one out")
+        if "RANK" not in os.environ:
+            raise ValueError("--fsdp needs a launcher: start with torchrun")
+        if self.fsdp_config is None:
+            self.fsdp_config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
 
     def _check_quantisation(self) -> None:
         if self.bits not in (4, 8, 16):
@@ -302,4 +315,14 @@ def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:
     state = PartialState(cpu=True)
     state.distributed_type = DistributedType.DEEPSPEED
     PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    args.accelerator_config = {"use_configured_state": True}
+
+
+def _configure_fsdp_on_cpu(args: TrainingArguments) -> None:
+    """FSDP over gloo: accelerate offers it where it has found several accelerators."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     args.accelerator_config = {"use_configured_state": True}

@@ -133,6 +133,7 @@ def describe(
         ("attention", str(model.config._attn_implementation)),
         ("checkpointing", "activations recomputed" if args.gradient_checkpointing else "activations kept"),
         ("ZeRO", f"stage {stage}" if stage else "off"),
+        *([("FSDP", f"version {args.fsdp_plugin_args['fsdp_version']}")] if args.fsdp else []),
         ("seed", str(args.seed)),
     ]  # fmt: skip
     return "\n".join(f"{name:>22}  {value}" for name, value in rows)

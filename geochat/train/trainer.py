@@ -268,14 +268,12 @@ class Trainer(ShardedTrainer):
         """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""
         gathered = self._gather_weights() if self._is_sharded() else None
         if self.args.should_save:
-            weights = gathered or {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            weights = {name: (gathered or trained).get(name, p) for name, p in trained.items()}
             broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
             if broken:  # gradients that are no numbers come after a loss that is one
                 raise LossError(f"{len(broken)} tensors are no numbers any more, {broken[0]} for one")
             self.saver.save(Path(output_dir or self.args.output_dir), gathered)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.saver.restore(Path(resume_from_checkpoint))
 
     def _barrier(self) -> None:
         if dist.is_available() and dist.is_initialized():

@@ -283,7 +283,8 @@ def test_what_cannot_be_is_said_in_one_line(flags, tiny_llm: Path, tmp_path: Pat
     assert "patch size" in error("--image_size", "100")
     assert "no checkpoint of a run" in error("--resume_from_checkpoint", str(tmp_path))
     assert "text tokens" in error("--model_max_length", "20")
-    assert "not supported" in error("--fsdp", "full_shard")
+    assert "--fsdp needs a launcher" in error("--fsdp", "full_shard")
+    assert "leave one out" in error("--fsdp", "True", "--bits", "8")
     assert "needs a launcher" in error("--deepspeed", str(tmp_path / "zero.json"))
     assert "nothing is left to train" in error(
         "--lora_enable", "False", "--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"
