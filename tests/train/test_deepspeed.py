@@ -20,6 +20,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 everything = pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
 LORA = ["--tune_mm_mlp_adapter", "True", "--lora_dropout", "0"]
 FULL = ["--lora_enable", "False"]
+QLORA = [*LORA, "--bits", "4", "--vision_lora_r", "2"]
 # Two samples in one part or in two, so that the processes have different numbers of parts.
 PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "True"]
 
