@@ -34,8 +34,9 @@ PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "
         pytest.param(3, FULL, marks=everything),
         pytest.param(2, PARTS, marks=everything),
         pytest.param(3, PARTS, marks=everything),
+        pytest.param(2, QLORA, marks=everything),
     ],
-    ids=["zero3-lora", "zero2-lora", "zero3-full", "zero2-parts", "zero3-parts"],
+    ids=["zero3-lora", "zero2-lora", "zero3-full", "zero2-parts", "zero3-parts", "zero2-qlora"],
 )
 def test_two_processes_take_the_steps_of_one(
     stage, kind, flags, start, finish, torchrun, tmp_path: Path
