@@ -4,4 +4,4 @@ set -euo pipefail
 scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$scripts/launch.sh"
 
-launch 144 "$scripts/zero3.json" --lora_enable False --learning_rate 2e-5 "$@"
+launch 144 "$scripts/zero3.json" --preset geochat_full "$@"

@@ -5,5 +5,4 @@ set -euo pipefail
 scripts="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$scripts/launch.sh"
 
-launch 256 "$scripts/zero2.json" --lora_enable False --tune_mm_mlp_adapter True --version plain --image_size 336 \
-    --learning_rate 1e-3 "$@"
+launch 256 "$scripts/zero2.json" --preset llava_pretrain "$@"

@@ -52,7 +52,25 @@ def test_zero_file_is_the_stage_it_says(file: Path) -> None:
         assert config[key] == "auto", f"{file.name}: {key} belongs to the command line"
 
 
-RECIPES = [ROOT / "scripts" / name for name in ("finetune_lora.sh", "finetune.sh", "pretrain.sh")]
+RECIPES = {
+    "finetune_lora.sh": "geochat_lora",
+    "finetune_lora_script.sh": "geochat_lora_script",
+    "finetune.sh": "geochat_full",
+    "pretrain.sh": "llava_pretrain",
+    "finetune_dora.sh": "dora",
+    "finetune_qlora.sh": "geochat_bench_qlora",
+    "vhm_pretrain.sh": "vhm_pretrain",
+    "vhm_finetune.sh": "vhm_finetune",
+}
+"""Script → preset."""
+LORA = ROOT / "scripts" / "finetune_lora.sh"
+
+
+def test_every_preset_has_its_script() -> None:
+    pytest.importorskip("torch")
+    from geochat.train.presets import PRESETS
+
+    assert list(PRESETS) == list(RECIPES.values())
 
 
 @pytest.fixture
@@ -82,50 +100,48 @@ def launch(tmp_path: Path):
     return run
 
 
-@pytest.mark.parametrize("script", RECIPES, ids=name_of)
-@pytest.mark.parametrize("gpus", [1, 2, 3, 4, 8])
-def test_recipe_keeps_its_global_batch_on_any_number_of_gpus(script: Path, gpus: int, launch) -> None:
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+def test_recipe_keeps_its_global_batch_on_any_number_of_gpus(name: str, gpus: int, launch) -> None:
     pytest.importorskip("torch")
     from geochat.train.arguments import accumulation_for, parse_arguments
+    from geochat.train.presets import PRESETS
 
-    result = launch(script, GPUS=str(gpus))
-    if script.name == "pretrain.sh" and gpus == 3:
-        assert "256 cannot be split over 3 GPUs" in result.stderr
+    preset = PRESETS[RECIPES[name]]
+    batch = preset.flags["global_batch_size"]
+    result = launch(ROOT / "scripts" / name, GPUS=str(gpus))
+    if batch % gpus:
+        assert f"{batch} cannot be split over {gpus} GPUs" in result.stderr
         return
     assert result.returncode == 0, result.stderr
     words = result.stdout.splitlines()
     flags = words[words.index("geochat.train.train") + 1 :]
     zero = flags.index("--deepspeed")
+    assert Path(flags[zero + 1]).name == f"zero{preset.zero}.json"
     assert Path(flags[zero + 1]).is_file()
     del flags[zero : zero + 2]  # reading it would start the process group
-    model, _, training = parse_arguments([*flags, "--use_cpu", "True"])
+    _, _, training = parse_arguments([*flags, "--use_cpu", "True"])
     per_device = training.per_device_train_batch_size
-    samples = per_device * accumulation_for(training.global_batch_size, per_device, 1, gpus) * gpus
-    expected = {
-        "finetune_lora.sh": (144, 2e-4, True),
-        "finetune.sh": (144, 2e-5, False),
-        "pretrain.sh": (256, 1e-3, False),
-    }
-    assert (samples, training.learning_rate, training.lora_enable) == expected[script.name]
-    assert (training.lora_r, training.lora_alpha, training.lora_dropout) == (64, 16, 0.05)
-    assert model.tune_mm_mlp_adapter == (script.name == "pretrain.sh")
+    assert training.global_batch_size == batch
+    assert accumulation_for(batch, per_device, 1, gpus) * per_device * gpus == batch
+    assert training.learning_rate == preset.flags["learning_rate"]
 
 
 def test_recipe_names_what_is_missing(launch) -> None:
-    result = launch(RECIPES[0], MODEL=None)
+    result = launch(LORA, MODEL=None)
     assert result.returncode == 2
     assert result.stderr.startswith("error: MODEL is not set")
-    result = launch(RECIPES[0], IMAGES="/nowhere/at/all")
+    result = launch(LORA, IMAGES="/nowhere/at/all")
     assert result.returncode == 2
     assert "/nowhere/at/all: no such folder" in result.stderr
 
 
 def test_recipe_refuses_a_batch_that_cannot_be_split(launch) -> None:
-    result = launch(RECIPES[0], GPUS="5")
+    result = launch(LORA, GPUS="5")
     assert result.returncode == 2
     assert "140 and 145" in result.stderr
 
 
 def test_flags_given_to_a_recipe_come_last_and_win(launch) -> None:
-    words = launch(RECIPES[0], "--lora_r", "128", GPUS="2").stdout.splitlines()
+    words = launch(LORA, "--lora_r", "128", GPUS="2").stdout.splitlines()
     assert words[-2:] == ["--lora_r", "128"]

@@ -1,4 +1,4 @@
-"""LoRA and DoRA on the language model: attach, list what trains, save and load a complete adapter folder.
+"""LoRA and DoRA on the language model and, if asked, on the tower: attach, list what trains, save and load.
 
 An adapter folder holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (with a trained projector inside),
 the resolved `config.json`, the processor files and `geochat_base.json`, which names the base and its fingerprint.
@@ -26,7 +26,7 @@ from geochat.model.export_adapter import write_folder
 from geochat.model.formats.adapters import EXTRA, WEIGHTS
 from geochat.model.open import recognise
 from geochat.model.processor import Processor
-from geochat.model.vision import freeze_tower
+from geochat.model.vision import blocks_read, find_tower, freeze_tower
 from geochat.model.weights import (
     State,
     assert_same_keys,
@@ -39,6 +39,11 @@ from geochat.model.weights import (
 LLM_LINEARS = (
     r"(?:^|.*\.)language_model\.(?:.*\.)?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)$"
 )
+# Of the blocks whose numbers are filled in; PEFT reads the keys of its rank patterns as regular expressions too.
+TOWER_LINEARS = (
+    r"(?:^|.*\.)vision_tower\.(?:.*\.)?layers\.(?:{blocks})\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])$"
+)
+_ANY_OF_TOWER = r"vision_tower\..*"
 _PROJECTOR = "multi_modal_projector"
 
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
@@ -55,19 +60,28 @@ class AdapterSpec:
     use_dora: bool = False
     train_projector: bool = False
     """False: as GeoChat on a LLaVA base. True: as LLaVA-1.5."""
+    vision_r: int = 0
+    """Rank in the blocks of the vision tower that the projector sees; 0: no adapter there."""
+    vision_alpha: int = 16
 
 
 def attach(model: nn.Module, spec: AdapterSpec) -> PeftModel:
-    """LoRA or DoRA on every linear layer of the language model; all else is frozen, but for the projector if asked.
+    """LoRA or DoRA on every linear layer of the language model; all else is frozen, but for what the spec asks for.
 
-    The frozen vision tower is kept out of the autograd graph. Adapter weights have the dtype of the base.
+    The tower is kept out of the autograd graph unless it has adapters too. Adapter weights have the dtype of the base.
     """
+    targets, on_tower = LLM_LINEARS, bool(spec.vision_r)
+    if on_tower:
+        blocks = "|".join(str(index) for index in range(blocks_read(model.config)))
+        targets = f"{LLM_LINEARS}|{TOWER_LINEARS.format(blocks=blocks)}"
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         use_dora=spec.use_dora,
-        target_modules=LLM_LINEARS,
+        target_modules=targets,
+        rank_pattern={_ANY_OF_TOWER: spec.vision_r} if on_tower else {},
+        alpha_pattern={_ANY_OF_TOWER: spec.vision_alpha} if on_tower else {},
         modules_to_save=[_PROJECTOR] if spec.train_projector else None,
         bias="none",
         task_type="CAUSAL_LM",
@@ -81,13 +95,20 @@ def _wrap(model: Any, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():  # PEFT asks transformers under an old name; nothing a user can mend
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    freeze_tower(adapted)
+    if not any(".lora_" in name for name, _ in find_tower(adapted).named_parameters()):
+        freeze_tower(adapted)
     return adapted
 
 
 def trainable_groups(model: nn.Module) -> Groups:
-    """The parameters that train, by part: "lora", "projector", "vision_tower", "language_model"."""
-    groups: Groups = {"lora": [], "projector": [], "vision_tower": [], "language_model": []}
+    """The parameters that train, by part: "lora", "vision_lora", "projector", "vision_tower", "language_model"."""
+    groups: Groups = {
+        "lora": [],
+        "vision_lora": [],
+        "projector": [],
+        "vision_tower": [],
+        "language_model": [],
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[_part(name)].append((name, parameter))
@@ -96,7 +117,7 @@ def trainable_groups(model: nn.Module) -> Groups:
 
 def _part(name: str) -> str:
     if ".lora_" in name:
-        return "lora"
+        return "vision_lora" if "vision_tower." in name else "lora"
     if f"{_PROJECTOR}." in name:
         return "projector"
     return "vision_tower" if "vision_tower." in name else "language_model"

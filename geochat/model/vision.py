@@ -84,6 +84,16 @@ def require_image_size(config: Any, image_size: int) -> None:
         )
 
 
+def blocks_read(config: Any) -> int:
+    """How many blocks of the tower, from the first, lie before the last hidden state that the projector sees."""
+    states = config.vision_config.num_hidden_layers + 1  # the embeddings are state 0
+    layers = config.vision_feature_layer
+    for layer in layers if isinstance(layers, list | tuple) else [layers]:
+        if not -states <= layer < states:
+            raise ValueError(f"the tower has hidden states 0 to {states - 1}; there is no state {layer}")
+    return max(layer % states for layer in (layers if isinstance(layers, list | tuple) else [layers]))
+
+
 def freeze_tower(model: nn.Module) -> None:
     """Take the vision tower of a Llava model (bare or inside PEFT) out of training and out of the autograd graph.
 

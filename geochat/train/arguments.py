@@ -21,7 +21,8 @@ import transformers
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from geochat.model.weights import read_json
-from geochat.train.legacy import translate_legacy
+from geochat.train.legacy import translate_legacy, with_their_defaults, without_effect
+from geochat.train.presets import with_preset
 
 TEMPLATE_NAMES = {"v1": "vicuna_v1"}
 """LLaVA's `--version` names that differ from ours."""
@@ -48,8 +49,9 @@ class ModelArguments:
     special tokens are made for (`vicuna_v1` where it has none)."""
     image_size: int | None = None
     """Pixels per side. Default: the folder's own, or 504 for a model built from parts."""
-    mm_vision_select_layer: int | None = None
-    """Hidden state of the tower that the projector sees. Default: what the model folder says, or -2."""
+    mm_vision_select_layer: list[int] | None = None
+    """Hidden state of the tower that the projector sees, or several, joined. Default: what the model folder says, or
+    -2."""
     mm_projector_type: str = "mlp2x_gelu"
     mm_use_im_start_end: bool = False
     attn_implementation: str = "sdpa"
@@ -60,9 +62,17 @@ class ModelArguments:
     """Without LoRA: keep the language model as it is."""
     tune_vision_tower: bool = False
     tune_vit_from_layer: int | None = None
-    """With `--tune_vision_tower`: first CLIP block that trains, counted from 0; default: all."""
+    """With `--tune_vision_tower`: first CLIP block that trains, counted from 0; default, and -1: all."""
+
+    @property
+    def feature_layer(self) -> int | list[int] | None:
+        """`--mm_vision_select_layer` as transformers wants it."""
+        layers = self.mm_vision_select_layer
+        return layers[0] if layers is not None and len(layers) == 1 else layers
 
     def __post_init__(self) -> None:
+        if self.tune_vit_from_layer == -1:
+            self.tune_vit_from_layer = None
         if self.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing: the folder of the model to start from")
         if self.mm_projector_type != "mlp2x_gelu":
@@ -102,12 +112,20 @@ class TrainingArguments(transformers.TrainingArguments):
     """How it is trained; everything of transformers' own arguments, plus LLaVA's and ours."""
 
     output_dir: str = ""
+    preset: str | None = None
+    """Name of a published recipe, whose values then stand in for the defaults; see docs/training.md."""
     lora_enable: bool = True
     lora_r: int = 64
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     use_dora: bool = False
     bits: int = 16
+    """4 or 8: quantise the language model (tower, projector and lm_head stay whole), with LoRA on top."""
+    double_quant: bool = True
+    quant_type: str = "nf4"
+    vision_lora_r: int = 0
+    """Rank of LoRA in the blocks of the vision tower that the projector sees; 0: none there."""
+    vision_lora_alpha: int = 16
     learning_rate: float = 2e-4
     mm_projector_lr: float | None = None
     """Learning rate of the projector; default: `--learning_rate`."""
@@ -141,6 +159,8 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_steps: float = 10
     save_steps: float = 500
     save_total_limit: int | None = 2
+    logging_nan_inf_filter: bool = False
+    """A loss that is no number ends the run instead."""
     report_to: str = "none"
     overwrite_output_dir: bool = False
     """Delete the checkpoints of an earlier run in `--output_dir` instead of refusing to start."""
@@ -161,10 +181,11 @@ class TrainingArguments(transformers.TrainingArguments):
         self.notes: list[str] = []  # one line for each request that this machine cannot honour
         if not self.output_dir:
             raise ValueError("--output_dir is missing: the folder of this run")
-        if self.bits != 16:
-            raise ValueError(f"--bits {self.bits}: only 16 (float32: --bf16 False)")
+        self._check_quantisation()
+        if str(self.fsdp).lower() in ("true", "false"):
+            self.fsdp = str(self.fsdp).lower() == "true"
         if self.fsdp:
-            raise ValueError("--fsdp is not supported: use --deepspeed scripts/zero3.json")
+            self._configure_fsdp()
         if self.load_best_model_at_end:
             raise ValueError(
                 "--load_best_model_at_end is not supported: the best checkpoint is kept, use its folder"
@@ -192,6 +213,8 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
             if self.deepspeed:
                 _configure_deepspeed_on_cpu(self)
+            elif self.fsdp:
+                _configure_fsdp_on_cpu(self)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trainable parameter is used in every batch
         with warnings.catch_warnings():  # the new name of the flag is missing in transformers 5.16
@@ -227,6 +250,36 @@ class TrainingArguments(transformers.TrainingArguments):
             self.zero_configuration = read_json(Path(path)).get("zero_optimization", {})
         self.deepspeed = None  # type: ignore[assignment]
         return path
+
+    @property
+    def quantization(self) -> Literal["4bit", "8bit"] | None:
+        """`--bits` as the model floor wants it."""
+        return {4: "4bit", 8: "8bit"}.get(self.bits)  # type: ignore[return-value]
+
+    def _configure_fsdp(self) -> None:
+        """FSDP2, one unit for each block of the language model and of the tower, unless `--fsdp_config` says otherwise."""
+        if self.deepspeed or self.bits < 16:
+            raise ValueError("--fsdp goes neither with --deepspeed nor with --bits: leave one out")
+        if "RANK" not in os.environ:
+            raise ValueError("--fsdp needs a launcher: start with torchrun")
+        if self.fsdp_config is None:
+            self.fsdp_config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
+
+    def _check_quantisation(self) -> None:
+        if self.bits not in (4, 8, 16):
+            raise ValueError(f"--bits {self.bits}: choose 4, 8 or 16 (float32: --bf16 False)")
+        if self.bits < 16 and not self.lora_enable:
+            raise ValueError(f"--bits {self.bits} needs --lora_enable True: quantised weights cannot train")
+        if self.vision_lora_r and not self.lora_enable:
+            raise ValueError("--vision_lora_r needs --lora_enable True")
+        if self.bits == 4 and (self.quant_type != "nf4" or not self.double_quant):
+            raise ValueError(
+                "--bits 4 is NF4 with double quantisation: leave --quant_type and --double_quant out"
+            )
+        if self.bits < 16 and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"--bits {self.bits}: bitsandbytes is not installed (pip install 'geochat[quant]')"
+            )
 
 
 def accumulation_for(target: int | None, per_device: int, accumulation: int, processes: int) -> int:
@@ -281,7 +334,8 @@ def _show_in_help(arguments: type) -> None:
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
     """Raises: ValueError, with the flag's name, for a flag or value that cannot be used."""
-    argv, notes = translate_legacy(argv)
+    translated, notes = translate_legacy(argv)
+    argv = with_preset(with_their_defaults(argv, translated, notes), notes)
     for arguments in (ModelArguments, DataArguments, TrainingArguments):
         _show_in_help(arguments)
     parser = transformers.HfArgumentParser(
@@ -298,29 +352,6 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     return model, data, training
 
 
-def without_effect(argv: list[str], model: ModelArguments, training: TrainingArguments) -> list[str]:
-    """One line for each flag that changes nothing here, or not what it changes in LLaVA."""
-    given = {word.split("=")[0].replace("-", "_").lstrip("_") for word in argv if word.startswith("--")}
-    lora, notes = training.lora_enable, []
-    if "lora_enable" not in given:
-        notes.append(
-            "LoRA is the default here; --lora_enable False trains the model itself, as LLaVA does unasked"
-        )
-    frozen = model.freeze_mm_mlp_adapter or (lora and not model.tune_mm_mlp_adapter)
-    if frozen and "mm_projector_lr" in given:
-        notes.append(
-            "--mm_projector_lr has no effect: the projector is frozen (--tune_mm_mlp_adapter True trains it)"
-        )
-    if lora and (model.freeze_backbone or model.freeze_mm_mlp_adapter):
-        notes.append("--freeze_backbone and --freeze_mm_mlp_adapter have no effect with LoRA")
-    if not lora and training.use_dora:
-        notes.append("--use_dora has no effect without LoRA")
-    if not model.tune_vision_tower:
-        named = sorted({"tune_vit_from_layer", "vision_tower_lr"} & given)
-        notes += [f"--{flag} has no effect without --tune_vision_tower True" for flag in named]
-    return notes
-
-
 def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:
     """DeepSpeed over gloo: accelerate alone would look for an accelerator and not find the CPU backend."""
     import deepspeed
@@ -331,4 +362,14 @@ def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:
     state = PartialState(cpu=True)
     state.distributed_type = DistributedType.DEEPSPEED
     PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    args.accelerator_config = {"use_configured_state": True}
+
+
+def _configure_fsdp_on_cpu(args: TrainingArguments) -> None:
+    """FSDP over gloo: accelerate offers it where it has found several accelerators."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     args.accelerator_config = {"use_configured_state": True}

@@ -14,8 +14,8 @@ class Collator:
     """Pads to the longest sample of the batch.
 
     Returns `{"input_ids": int64[batch, n], "labels": int64[batch, n]}`, plus `"pixel_values":
-    float32[images, 3, side, side]` when any sample has images (in the order of the placeholders) and
-    `"bad_samples": list[str]` when any row was unusable. There is no attention mask: with causal attention a
+    float32[images, 3, side, side]` when any sample has images (in the order of the placeholders),
+    `"sources": list[str]` (where each sample is from) and `"bad_samples": list[str]` when any row was unusable. There is no attention mask: with causal attention a
     supervised token never sees the padding on its right, and without a mask the fast causal kernels apply.
     """
 
@@ -29,6 +29,7 @@ class Collator:
         batch: dict[str, Any] = {
             "input_ids": pad_right([sample["input_ids"] for sample in samples], self.pad_token_id),
             "labels": pad_right([sample["labels"] for sample in samples], IGNORE_INDEX),
+            "sources": [sample["source"] for sample in samples],
         }
         pixels = [sample["pixels"] for sample in samples if "pixels" in sample]
         if pixels:

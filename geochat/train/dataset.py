@@ -27,8 +27,8 @@ class BadSampleError(ValueError):
 class InstructionDataset(Dataset):
     """Map-style dataset over an instruction file.
 
-    An item is `{"input_ids": int32[n], "labels": int32[n], "pixels": float32[images, 3, side, side], "images":
-    tuple[str]}`, without the last two for a text. A record
+    An item is `{"input_ids": int32[n], "labels": int32[n], "source": "file:row", "pixels": float32[images, 3, side,
+    side], "images": tuple[str]}`, without the last two for a text. A record
     that cannot be used is never blanked: with `on_bad_sample="skip"` the following usable row takes its place and
     the item carries the reasons under `"bad_samples"`; with `"error"` the item holds nothing but them. The reasons
     travel with the batch, so that the main process counts what its workers met.
@@ -78,6 +78,7 @@ class InstructionDataset(Dataset):
         item: dict[str, Any] = {
             "input_ids": encoded.input_ids,
             "labels": encoded.labels,
+            "source": where,
         }
         if pixels:
             item["pixels"] = torch.stack(pixels)

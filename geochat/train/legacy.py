@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from geochat.train.arguments import ModelArguments, TrainingArguments
+
 LEGACY_RENAMED = {
     "--evaluation_strategy": "--eval_strategy",
     "--warmup_ratio": "--warmup_steps",  # a value below 1 is a share of all steps
@@ -9,6 +14,7 @@ LEGACY_RENAMED = {
     "--unfreeze_mm_vision_tower": "--tune_vision_tower",
     "--local-rank": "--local_rank",
     "--no_cuda": "--use_cpu",
+    "--dora_enable": "--use_dora",
 }
 
 LEGACY_DROPPED = {
@@ -24,9 +30,37 @@ LEGACY_DROPPED = {
     "--logging_dir": "logs go to the run folder",
     "--lora_bias": "biases are not trained, LLaVA's own default",
     "--lora_weight_path": "LLaVA reads it nowhere",
-    "--double_quant": "quantised training is not part of this command",
-    "--quant_type": "quantised training is not part of this command",
+    "--list_file": "all records are in the one file that --data_path names",
+    "--run_name": "the run is named by its folder",
 }
+
+
+_OF_THE_ORIGINALS = ("--lazy_preprocess", "--mm_use_im_patch_token", "--is_multimodal", "--tune_entire_model")
+"""Flags that only command lines written for LLaVA, GeoChat or VHM have."""
+
+
+def with_their_defaults(argv: list[str], kept: list[str], notes: list[str]) -> list[str]:
+    """The translated command line, with the defaults of the originals where `argv` was written for them.
+
+    LLaVA trains the model itself unless LoRA is asked for, and the projector beside LoRA. GeoChat's own line does not
+    train the projector, and differs from LLaVA's in that it names no rate for it.
+    """
+    if "--preset" in kept or not any(word.split("=")[0] in _OF_THE_ORIGINALS for word in argv):
+        return kept
+    added: list[str] = []
+    if "--lora_enable" not in kept:
+        added += ["--lora_enable", "False"]
+    elif "--mm_projector_lr" in kept and "--tune_mm_mlp_adapter" not in kept:
+        added += ["--tune_mm_mlp_adapter", "True"]
+    if added:
+        notes.append(
+            f"{' '.join(added)} is taken from this command line's being LLaVA's; give it to say otherwise"
+        )
+    if "--image_size" not in kept:
+        notes.append(
+            "without --image_size images are seen as GeoChat does, at 504 px; --image_size 336 is LLaVA's and VHM's"
+        )
+    return added + kept
 
 
 def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -34,18 +68,49 @@ def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
     kept: list[str] = []
     notes: list[str] = []
     words = iter([part for word in argv for part in _split_equals(word)])
-    dropping = False
+    dropping = layers = False
     for word in words:
+        if word == "--tune_entire_model":  # VHM's word for everything, the tower included
+            value = next(words, "True")
+            kept += ["--lora_enable", str(value.lower() != "true"), "--tune_vision_tower", value]
+            continue
         if word.startswith("--"):
+            layers = word == "--mm_vision_select_layer"
             dropping = word in LEGACY_DROPPED
             if dropping:
                 notes.append(f"{word} is ignored: {LEGACY_DROPPED[word]}")
-                continue
             word = LEGACY_RENAMED.get(word, word)
-        if not dropping:
-            kept.append(word)
+            kept += [] if dropping else [word]
+        elif not dropping:
+            kept += word.strip("[]").replace(",", " ").split() if layers else [word]
     return kept, notes
 
 
 def _split_equals(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--") and "=" in word else [word]
+
+
+def without_effect(argv: list[str], model: ModelArguments, training: TrainingArguments) -> list[str]:
+    """One line for each flag that changes nothing here, or not what it changes in LLaVA."""
+    given = {word.split("=")[0].replace("-", "_").lstrip("_") for word in argv if word.startswith("--")}
+    lora, notes = training.lora_enable, []
+    if "lora_enable" not in given:
+        notes.append(
+            "LoRA is the default here; --lora_enable False trains the model itself, as LLaVA does unasked"
+        )
+    frozen = model.freeze_mm_mlp_adapter or (lora and not model.tune_mm_mlp_adapter)
+    if frozen and "mm_projector_lr" in given:
+        notes.append(
+            "--mm_projector_lr has no effect: the projector is frozen (--tune_mm_mlp_adapter True trains it)"
+        )
+    if lora and (model.freeze_backbone or model.freeze_mm_mlp_adapter):
+        notes.append("--freeze_backbone and --freeze_mm_mlp_adapter have no effect with LoRA")
+    if not lora and training.use_dora:
+        notes.append("--use_dora has no effect without LoRA")
+    if not model.tune_vision_tower:
+        flags = (
+            {"tune_vit_from_layer"} if training.vision_lora_r else {"tune_vit_from_layer", "vision_tower_lr"}
+        )
+        named = sorted(flags & given)
+        notes += [f"--{flag} has no effect without --tune_vision_tower True" for flag in named]
+    return notes

@@ -16,7 +16,7 @@ from geochat.model.processor import Processor
 from geochat.model.vision import resize_config
 from geochat.model.weights import Entry, State, assert_same_keys, open_file, read_header
 from geochat.train.arguments import IMAGE_MODES, DataArguments, ModelArguments, TrainingArguments
-from geochat.train.recipe import compute_dtype
+from geochat.train.recipe import choose_states, compute_dtype
 
 _EMBEDDINGS = "language_model.model.embed_tokens.weight"
 _HEAD = "language_model.lm_head.weight"
@@ -49,7 +49,7 @@ def outline(model_args: ModelArguments, data_args: DataArguments, args: Training
     if recognise(folder) == "canonical":
         config, processor = _canonical(folder, here, model_args)
     else:
-        tower, layer = model_args.vision_tower, model_args.mm_vision_select_layer
+        tower, layer = model_args.vision_tower, model_args.feature_layer
         config, _, processor = read_parts(
             folder,
             Path(tower) if tower else None,
@@ -78,6 +78,7 @@ def _canonical(folder: Path, here: State, model_args: ModelArguments) -> tuple[L
         if _EMBEDDINGS in state:
             state.setdefault(_HEAD, state[_EMBEDDINGS])  # tied, in a folder of another program
         assert_same_keys(state, expected_shapes(config), str(folder))
+    choose_states(config, model_args.feature_layer, folder)
     if model_args.image_size:
         resize_config(config, model_args.image_size)
         processor = processor.with_image_size(model_args.image_size)

@@ -80,6 +80,7 @@ class PackingCollator(Collator):
         else:
             parts = [self._rows(part) for part in within(documents, self.budget)]
             batch = {"parts": parts, "labels": torch.cat([_supervised(part) for part in parts])}
+        batch["sources"] = [sample["source"] for sample in samples]
         return {**batch, "bad_samples": bad} if bad else batch
 
     def _rows(self, documents: list[Document]) -> dict[str, Any]:

@@ -154,7 +154,9 @@ def _trained(groups: dict[str, int], model_args: ModelArguments, args: TrainingA
         dora=args.lora_enable and args.use_dora,
         language_model="language_model" in groups,
         projector="projector" in groups,
-        tower_from=(model_args.tune_vit_from_layer or 0) if "vision_tower" in groups else None,
+        tower_from=(model_args.tune_vit_from_layer or 0)
+        if groups.keys() & {"vision_tower", "vision_lora"}
+        else None,
     )
 
 

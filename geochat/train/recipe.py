@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 from geochat.model.adapter import trainable_groups
 from geochat.model.processor import Processor
+from geochat.model.vision import blocks_read
 from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from geochat.train.presets import PRESETS
 
 
 def choose_trainable(model: nn.Module, arguments: ModelArguments) -> None:
@@ -37,26 +40,44 @@ def unfreeze_tower(model: nn.Module, from_layer: int | None) -> None:
     """
     tower = model.model.vision_tower
     blocks = tower.encoder.layers if hasattr(tower, "encoder") else tower.vision_model.encoder.layers
-    layers = model.config.vision_feature_layer
-    read = [index % (len(blocks) + 1) for index in (layers if isinstance(layers, list) else [layers])]
+    read = blocks_read(model.config)
     if from_layer is None:
         tower.requires_grad_(True)
-    elif not 0 <= from_layer < max(read):
-        raise ValueError(f"--tune_vit_from_layer {from_layer}: the tower has blocks 0 to {max(read) - 1}")
+    elif not 0 <= from_layer < read:
+        raise ValueError(
+            f"--tune_vit_from_layer {from_layer}: choose one of the blocks 0 to {read - 1} that are read"
+        )
     for index, block in enumerate(blocks):
-        block.requires_grad_((from_layer or 0) <= index < max(read))
+        block.requires_grad_((from_layer or 0) <= index < read)
     for name, parameter in tower.named_parameters():
         if "post_layernorm" in name:
             parameter.requires_grad_(False)
 
 
+def choose_states(config: Any, layers: int | list[int] | None, folder: Path) -> None:
+    """Let the projector see the tower's states that `--mm_vision_select_layer` names, if they are as many as before.
+
+    Raises: ValueError when they are more or fewer: the projector's first layer would have another width.
+    """
+    own = config.vision_feature_layer
+    if layers is None or layers == own:
+        return
+    if len(layers if isinstance(layers, list) else [layers]) != len(own if isinstance(own, list) else [own]):
+        raise ValueError(
+            f"--mm_vision_select_layer {layers}: the projector of {folder} was made for {own}; leave the flag out, "
+            "or build the model from a language model and a CLIP folder"
+        )
+    config.vision_feature_layer = layers
+
+
 def learning_rates(args: TrainingArguments) -> dict[str, float]:
     """Learning rate of each group of `trainable_groups`."""
-    rates = {"projector": args.mm_projector_lr, "vision_tower": args.vision_tower_lr}
+    rates = {"projector": args.mm_projector_lr}
+    rates |= dict.fromkeys(("vision_tower", "vision_lora"), args.vision_tower_lr)
     default = args.learning_rate
     return {
         name: default if rates.get(name) is None else rates[name]  # type: ignore[misc]
-        for name in ("lora", "language_model", "projector", "vision_tower")
+        for name in ("lora", "language_model", "projector", "vision_lora", "vision_tower")
     }
 
 
@@ -90,6 +111,8 @@ def describe(
     model_args, data_args, args = arguments
     total = sum(parameter.numel() for parameter in model.parameters())
     rows = [("model", str(model_args.model_name_or_path))]
+    if args.preset:
+        rows.insert(0, ("preset", f"{args.preset}: {PRESETS[args.preset].source}"))
     rates = learning_rates(args)
     for part, members in trainable_groups(model).items():
         if members:
@@ -100,6 +123,12 @@ def describe(
     if args.lora_enable:
         kind = "DoRA" if args.use_dora else "LoRA"
         rows.append((kind, f"rank {args.lora_r}, alpha {args.lora_alpha}, dropout {args.lora_dropout:g}"))
+        if args.vision_lora_r:
+            rows.append(
+                (f"{kind} on the tower", f"rank {args.vision_lora_r}, alpha {args.vision_lora_alpha}")
+            )
+        if args.bits < 16:
+            rows.append(("quantised", f"language model, {args.bits} bits{', NF4' if args.bits == 4 else ''}"))
     per_device, steps, processes = (
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
@@ -113,6 +142,7 @@ def describe(
         ("global batch", f"{batch} = {per_device} per device × {steps} accumulation × {processes} processes"),
         ("schedule", f"{_value(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}, decay {args.weight_decay:g}"),
         ("image", f"{processor.image_size} px, {processor.image_mode}, {processor.image_tokens} tokens per image"),
+        ("tower's states read", str(model.config.vision_feature_layer)),
         ("text", f"at most {args.model_max_length} tokens, template {processor.template.name}"),
         ("loss", f"supervised positions only, mean per {args.loss_normalization.replace('_', '-')}"),
         ("rows", rows_are(args)),
@@ -120,6 +150,7 @@ def describe(
         ("attention", str(model.config._attn_implementation)),
         ("checkpointing", "activations recomputed" if args.gradient_checkpointing else "activations kept"),
         ("ZeRO", f"stage {stage}" if stage else "off"),
+        *([("FSDP", f"version {args.fsdp_plugin_args['fsdp_version']}")] if args.fsdp else []),
         ("seed", str(args.seed)),
     ]  # fmt: skip
     return "\n".join(f"{name:>22}  {value}" for name, value in rows)

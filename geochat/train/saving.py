@@ -88,6 +88,8 @@ class RunSaver:
             ("--lora_r", before["r"], now.r),
             ("--lora_alpha", before["lora_alpha"], now.lora_alpha),
             ("--use_dora", bool(before.get("use_dora")), bool(now.use_dora)),
+            ("--vision_lora_r", _pattern(before.get("rank_pattern")), _pattern(now.rank_pattern)),
+            ("--vision_lora_alpha", _pattern(before.get("alpha_pattern")), _pattern(now.alpha_pattern)),
         ):
             if old != new:
                 raise ValueError(f"{resume} was trained with {flag} {old}, now it is {new}: go on with {old}")
@@ -231,6 +233,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _pattern(pattern: dict[str, int] | None) -> int:
+    """The tower's rank or alpha: the one entry of PEFT's pattern, or 0 where the tower has no adapter."""
+    return next(iter((pattern or {}).values()), 0)
 
 
 def _flush(path: Path) -> None:

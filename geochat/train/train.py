@@ -39,7 +39,14 @@ from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
 from geochat.train.dataset import BadSampleError, InstructionDataset
 from geochat.train.packing import PackingCollator
-from geochat.train.recipe import choose_trainable, compute_dtype, describe, unfreeze_tower
+from geochat.train.recipe import (
+    choose_states,
+    choose_trainable,
+    compute_dtype,
+    describe,
+    unfreeze_tower,
+    zero_stage,
+)
 from geochat.train.saving import (
     Kind,
     RunSaver,
@@ -49,7 +56,8 @@ from geochat.train.saving import (
     resume_point,
     without_zero_init,
 )
-from geochat.train.trainer import Trainer
+from geochat.train.sharded import require_same_layout
+from geochat.train.trainer import LossError, Trainer
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -70,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         with explained(Path(arguments[2].output_dir), "the final model"):
             trainer.save_model()
         report_bad_samples(trainer)
-    except (BadSampleError, SaveError) as error:
+    except (BadSampleError, LossError, SaveError) as error:
         stop(error)
 
 
@@ -78,6 +86,8 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     """Trainer ready to run, and the checkpoint to resume from. Raises: ValueError, OSError on unusable input."""
     model_args, data_args, args = arguments
     resume = resume_point(args)
+    if resume is not None:
+        require_same_layout(resume, args)
     transformers.set_seed(args.seed)
     with without_zero_init():
         base, processor, record = load_base(arguments)
@@ -116,6 +126,13 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
     # Without DeepSpeed the weights that train stay in float32 and the forward pass is autocast; DeepSpeed keeps
     # float32 copies itself and wants one dtype.
     dtype = compute_dtype(args) if args.lora_enable or args.deepspeed else torch.float32
+    quantised: dict[str, Any] = {}
+    if args.quantization:
+        if zero_stage(args) == 3:
+            raise ValueError(
+                f"--bits {args.bits} with ZeRO-3: quantised weights cannot be spread; use scripts/zero2.json"
+            )
+        quantised = {"quantization": args.quantization, "device": str(args.device)}
     tower = Path(model_args.vision_tower) if model_args.vision_tower else None
     projector = Path(model_args.pretrain_mm_mlp_adapter) if model_args.pretrain_mm_mlp_adapter else None
     if is_canonical(folder):
@@ -123,8 +140,10 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             folder,
             image_size=model_args.image_size,
             dtype=dtype,
+            **quantised,
             attn_implementation=model_args.attn_implementation,
         )
+        choose_states(model.config, model_args.feature_layer, folder)
         if model_args.version:
             processor = processor.with_template(model_args.version)
         if projector:
@@ -146,7 +165,8 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             image_size=model_args.image_size or 504,
             template=model_args.version,
             dtype=dtype,
-            feature_layer=model_args.mm_vision_select_layer,
+            feature_layer=model_args.feature_layer,
+            **quantised,
             attn_implementation=model_args.attn_implementation,
         )
     processor.image_mode = IMAGE_MODES[data_args.image_aspect_ratio]
@@ -181,7 +201,13 @@ def make_trainable(
             dropout=args.lora_dropout,
             use_dora=args.use_dora,
             train_projector=model_args.tune_mm_mlp_adapter,
+            vision_r=args.vision_lora_r,
+            vision_alpha=args.vision_lora_alpha,
         )
+        if args.vision_lora_r and model_args.tune_vision_tower:
+            raise ValueError(
+                "--vision_lora_r and --tune_vision_tower are two ways to train the tower: give one"
+            )
         model = attach(base, spec)
         if model_args.tune_vision_tower:
             unfreeze_tower(base, model_args.tune_vit_from_layer)

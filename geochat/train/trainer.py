@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
@@ -19,9 +18,14 @@ from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
 from geochat.train.packing import attention_mask, nothing
-from geochat.train.recipe import parameter_groups, zero_stage
+from geochat.train.recipe import parameter_groups
 from geochat.train.sampler import EpochSampler
-from geochat.train.saving import RunSaver, explained
+from geochat.train.saving import RunSaver, checkpoints, explained
+from geochat.train.sharded import ShardedTrainer
+
+
+class LossError(RuntimeError):
+    """The loss or the weights are no numbers any more; the message names the samples of the batch."""
 
 
 class SupervisedRows:
@@ -67,7 +71,7 @@ class DummyImage:
         }
 
 
-class Trainer(transformers.Trainer):
+class Trainer(ShardedTrainer):
     """Differs from its parent in what is specific to grounded vision-language models, see the methods.
 
     base: the LlavaForConditionalGeneration inside `model` (the same object when there is no adapter).
@@ -114,7 +118,7 @@ class Trainer(transformers.Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _summed_loss(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = dict(batch)
+        inputs = {name: value for name, value in batch.items() if name != "sources"}
         labels = inputs.pop("labels")  # [rows, n]
         targets = labels[:, 1:]
         keep = torch.zeros_like(labels, dtype=torch.bool)
@@ -132,6 +136,21 @@ class Trainer(transformers.Trainer):
         return F.cross_entropy(outputs["logits"].float(), targets[keep[:, :-1]], reduction="sum")
 
     def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Raises: LossError when the loss is NaN or infinite, before the optimizer uses its gradients."""
+        sources = inputs.pop("sources", [])
+        loss = self._forward_and_backward(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):  # here, not before: the device has the backward pass to do meanwhile
+            kept = checkpoints(Path(self.args.output_dir))
+            raise LossError(
+                f"the loss of step {self.state.global_step + 1} is {float(loss):g} with the samples "
+                f"{', '.join(sources)}; {f'{kept[-1].name} is intact' if kept else 'nothing was saved yet'}: look "
+                "at these samples, or resume with a lower --learning_rate"
+            )
+        return loss
+
+    def _forward_and_backward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward; with `--max_tokens_per_micro_batch` part after part, gradients adding up.
@@ -213,12 +232,6 @@ class Trainer(transformers.Trainer):
             self.optimizer = optimizer(groups, **settings)
         return self.optimizer
 
-    def _optimizer_is_offloaded(self) -> bool:
-        if not self.is_deepspeed_enabled:
-            return False
-        zero = self.args.hf_deepspeed_config.config.get("zero_optimization", {})
-        return zero.get("offload_optimizer", {}).get("device", "none") != "none"
-
     # ---- saves ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -255,25 +268,12 @@ class Trainer(transformers.Trainer):
         """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""
         gathered = self._gather_weights() if self._is_sharded() else None
         if self.args.should_save:
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            weights = {name: (gathered or trained).get(name, p) for name, p in trained.items()}
+            broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+            if broken:  # gradients that are no numbers come after a loss that is one
+                raise LossError(f"{len(broken)} tensors are no numbers any more, {broken[0]} for one")
             self.saver.save(Path(output_dir or self.args.output_dir), gathered)
-
-    def _is_sharded(self) -> bool:
-        return self.is_deepspeed_enabled and zero_stage(self.args) == 3
-
-    def _gather_weights(self) -> dict[str, torch.Tensor]:
-        """What a save needs of weights that ZeRO-3 has spread; every process takes part."""
-        import deepspeed
-
-        weights = self.deepspeed._zero3_consolidated_16bit_state_dict(
-            exclude_frozen_parameters=self.saver.partial
-        )
-        projector = {n: p for n, p in self.model.named_parameters() if "multi_modal_projector." in n}
-        with deepspeed.zero.GatheredParameters(list(projector.values())):  # an adapter may carry a frozen one
-            copies = {name: parameter.detach().cpu().clone() for name, parameter in projector.items()}
-        return {**copies, **(weights or {})}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.saver.restore(Path(resume_from_checkpoint))
 
     def _barrier(self) -> None:
         if dist.is_available() and dist.is_initialized():

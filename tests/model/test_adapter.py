@@ -54,7 +54,7 @@ def test_adapters_sit_on_the_language_model_only(base: Path) -> None:
     model = attach(load(base)[0], AdapterSpec(r=4, alpha=8))
     groups = trainable_groups(model)
     assert {name: len(members) for name, members in groups.items()} == {
-        "lora": 2 * 7 * 2, "projector": 0, "vision_tower": 0, "language_model": 0,
+        "lora": 2 * 7 * 2, "vision_lora": 0, "projector": 0, "vision_tower": 0, "language_model": 0,
     }  # fmt: skip
     assert all("language_model.layers." in name for name, _ in groups["lora"])
     with_projector = trainable_groups(attach(load(base)[0], AdapterSpec(r=4, train_projector=True)))
@@ -69,7 +69,7 @@ def test_defaults_are_geochats() -> None:
 def test_groups_of_a_plain_model(base: Path) -> None:
     model, _ = load(base)
     sizes = {name: len(members) for name, members in trainable_groups(model).items()}
-    assert sizes == {"lora": 0, "projector": 4, "vision_tower": 71, "language_model": 21}
+    assert sizes == {"lora": 0, "vision_lora": 0, "projector": 4, "vision_tower": 71, "language_model": 21}
 
 
 def test_tower_is_out_of_autograd_and_gradients_do_not_change(base: Path) -> None:

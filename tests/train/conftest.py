@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,16 @@ def start():
         )
 
     return start
+
+
+@pytest.fixture
+def torchrun() -> tuple[str, ...]:
+    """The program that trains in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
+    return (*launcher, "-m", "geochat.train.train")
 
 
 @pytest.fixture

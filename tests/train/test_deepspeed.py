@@ -7,7 +7,6 @@ with GEOCHAT_ALL_TESTS=1.
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 everything = pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
 LORA = ["--tune_mm_mlp_adapter", "True", "--lora_dropout", "0"]
 FULL = ["--lora_enable", "False"]
+QLORA = [*LORA, "--bits", "4", "--vision_lora_r", "2"]
 # Two samples in one part or in two, so that the processes have different numbers of parts.
 PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "True"]
 
@@ -34,23 +34,21 @@ PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "
         pytest.param(3, FULL, marks=everything),
         pytest.param(2, PARTS, marks=everything),
         pytest.param(3, PARTS, marks=everything),
+        pytest.param(2, QLORA, marks=everything),
     ],
-    ids=["zero3-lora", "zero2-lora", "zero3-full", "zero2-parts", "zero3-parts"],
+    ids=["zero3-lora", "zero2-lora", "zero3-full", "zero2-parts", "zero3-parts", "zero2-qlora"],
 )
-def test_two_processes_take_the_steps_of_one(stage, kind, flags, start, finish, tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(
+    stage, kind, flags, start, finish, torchrun, tmp_path: Path
+) -> None:
     run = [*flags, *kind, "--save_steps", "2", "--num_train_epochs", "2", "--global_batch_size", "4"]
     # One sample at a time: one process gets the record without an image while the other has one.
     at_once = 2 if kind is PARTS else 1
     run += ["--per_device_train_batch_size", str(at_once)]
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start([*run, "--output_dir", str(one)]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
     config = ["--deepspeed", str(SCRIPTS / f"zero{stage}.json")]
-    program = (*torchrun, "-m", "geochat.train.train")
-    output = finish(start([*run, *config, "--output_dir", str(two)], program))
+    output = finish(start([*run, *config, "--output_dir", str(two)], torchrun))
 
     assert f"stage {stage}" in output
     assert f"4 = {at_once} per device × {2 // at_once} accumulation × 2 processes" in output
@@ -63,7 +61,33 @@ def test_two_processes_take_the_steps_of_one(stage, kind, flags, start, finish, 
         load(two / folder)
 
     again = [*run, *config, "--output_dir", str(two), "--resume_from_checkpoint", str(two / "checkpoint-2")]
-    finish(start(again, program))
+    finish(start(again, torchrun))
     last = load_file(one / name)
     for key, tensor in load_file(two / name).items():
         torch.testing.assert_close(tensor, last[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=everything)])
+def test_the_projector_alone_is_saved_without_frozen_weights_and_resumes(
+    stage: int, flags, start, finish, torchrun, tmp_path: Path
+) -> None:
+    run = [*flags, "--lora_enable", "False", "--tune_mm_mlp_adapter", "True", "--save_steps", "2"]
+    run += ["--deepspeed", str(SCRIPTS / f"zero{stage}.json"), "--num_train_epochs", "2"]
+    finish(start([*run, "--output_dir", str(tmp_path)], torchrun))
+    last = load_file(tmp_path / "mm_projector.safetensors")
+    trained = sum(tensor.nbytes for tensor in last.values())
+    files = [file for file in (tmp_path / "checkpoint-2").rglob("*") if file.is_file()]
+    # Weights, the optimizer's own copy of them and its two moments, beside some kilobytes of settings.
+    assert sum(file.stat().st_size for file in files) < 5 * trained + 200_000
+    states = next(file for file in files if file.name.endswith("model_states.pt"))
+    module = torch.load(states, weights_only=False)["module"]
+    assert all("multi_modal_projector" in name for name in module)
+    finish(
+        start(
+            [*run, "--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")],
+            torchrun,
+        )
+    )
+    for key, tensor in load_file(tmp_path / "mm_projector.safetensors").items():
+        torch.testing.assert_close(tensor, last[key], atol=1e-6, rtol=1e-5)

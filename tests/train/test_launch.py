@@ -26,7 +26,7 @@ def test_the_lora_recipe_trains(tiny_base: Path, tiny_records, tmp_path: Path) -
         "CUDA_VISIBLE_DEVICES": "",
     }
     result = subprocess.run(
-        ["bash", str(SCRIPTS / "finetune_lora.sh"), "--max_steps", "1", "--dataloader_num_workers", "0"],
+        ["bash", str(SCRIPTS / "finetune_lora.sh"), "--max_steps", "1", "--image_size", "84"],
         env=os.environ | {name: str(value) for name, value in variables.items()},
         capture_output=True,
         text=True,

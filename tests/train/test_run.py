@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from geochat.model.checkpoint import load, read_checkpoint, save_model
 from geochat.model.export_gguf import write_gguf
 from geochat.train import arguments, saving
+from geochat.train.dataset import InstructionDataset
 from geochat.train.train import main
 from geochat.train.trainer import Trainer
 
@@ -252,6 +254,39 @@ def test_a_full_disk_leaves_the_previous_save(flags, tmp_path: Path, monkeypatch
     assert not (tmp_path / "checkpoint-4").exists()
 
 
+def test_a_loss_that_is_no_number_ends_the_run_with_its_samples(
+    flags, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    whole = InstructionDataset.read
+
+    def broken(self: InstructionDataset, index: int) -> dict:
+        item = whole(self, index)
+        if index == 2:
+            item["pixels"] = item["pixels"] * float("nan")
+        return item
+
+    monkeypatch.setattr(InstructionDataset, "read", broken)
+    argv = [*flags, "--output_dir", str(tmp_path), "--save_steps", "1", "--per_device_train_batch_size", "1"]
+    error = refused(argv, capsys)
+    step = int(re.search(r"loss of step (\d+) is nan with the samples .*tiny.json:row 2; ", error)[1])
+    if step > 1:  # where the row stands follows from the seed
+        assert f"checkpoint-{step - 1} is intact" in error
+        load(tmp_path / f"checkpoint-{step - 1}")
+    assert not (tmp_path / f"checkpoint-{step}").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(flags, tmp_path: Path, monkeypatch, capsys) -> None:
+    def overflow(self: Trainer, model: torch.nn.Module) -> None:
+        model.get_parameter(next(n for n, p in model.named_parameters() if p.requires_grad)).data.fill_(
+            float("inf")
+        )
+
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", overflow)
+    error = refused([*flags, "--output_dir", str(tmp_path), "--max_steps", "1", "--save_steps", "1"], capsys)
+    assert "checkpoint-1 could not be saved (1 tensors are no numbers" in error
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_what_cannot_be_is_said_in_one_line(flags, tiny_llm: Path, tmp_path: Path, capsys) -> None:
     argv = [*flags, "--output_dir", str(tmp_path / "run")]
 
@@ -268,7 +303,8 @@ def test_what_cannot_be_is_said_in_one_line(flags, tiny_llm: Path, tmp_path: Pat
     assert "patch size" in error("--image_size", "100")
     assert "no checkpoint of a run" in error("--resume_from_checkpoint", str(tmp_path))
     assert "text tokens" in error("--model_max_length", "20")
-    assert "not supported" in error("--fsdp", "full_shard")
+    assert "--fsdp needs a launcher" in error("--fsdp", "full_shard")
+    assert "leave one out" in error("--fsdp", "True", "--bits", "8")
     assert "needs a launcher" in error("--deepspeed", str(tmp_path / "zero.json"))
     assert "nothing is left to train" in error(
         "--lora_enable", "False", "--tune_mm_mlp_adapter", "True", "--freeze_mm_mlp_adapter", "True"

@@ -1,0 +1,93 @@
+"""Command lines of the originals, as their scripts have them but for the paths: each parses to its recipe, and every
+flag that means nothing here is named in one line."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import pytest
+
+from geochat.train.arguments import parse_arguments
+
+COMMON = """--mm_projector_type mlp2x_gelu --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True
+--output_dir out --num_train_epochs 1 --per_device_eval_batch_size 4 --evaluation_strategy no --save_total_limit 1
+--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+--model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True"""
+
+COMMANDS = {
+    "llava_pretrain": """--model_name_or_path vicuna --version plain --data_path blip.json --image_folder images
+        --vision_tower clip --tune_mm_mlp_adapter True --mm_vision_select_layer -2 --per_device_train_batch_size 32
+        --gradient_accumulation_steps 1 --save_strategy steps --save_steps 24000 --learning_rate 1e-3
+        --dataloader_num_workers 4 --report_to none""",
+    "llava_lora": """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5
+        --model_name_or_path vicuna --version v1 --data_path mix665k.json --image_folder images --vision_tower clip
+        --pretrain_mm_mlp_adapter mm_projector.bin --mm_vision_select_layer -2 --image_aspect_ratio pad
+        --group_by_modality_length True --per_device_train_batch_size 16 --gradient_accumulation_steps 1
+        --save_strategy steps --save_steps 50000 --learning_rate 2e-4 --dataloader_num_workers 4 --report_to none""",
+    "llava_qlora": """--lora_enable True --bits 4 --double_quant True --quant_type nf4 --model_name_or_path vicuna
+        --version v1 --data_path mix.json --image_folder images --vision_tower clip --mm_vision_select_layer -2
+        --pretrain_mm_mlp_adapter mm_projector.bin --per_device_train_batch_size 16 --learning_rate 2e-5
+        --save_strategy steps --save_steps 50000 --report_to none""",
+    "dora": """--dora_enable True --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5
+        --tune_mm_mlp_adapter True --model_name_or_path vicuna --version v1 --data_path mix665k.json
+        --image_folder images --vision_tower clip --pretrain_mm_mlp_adapter mm_projector.bin
+        --mm_vision_select_layer -2 --image_aspect_ratio pad --group_by_modality_length True
+        --per_device_train_batch_size 16 --save_strategy steps --save_steps 50000 --learning_rate 2e-4""",
+    "vhm_pretrain": """--model_name_or_path vicuna --version plain --data_path versad.json --list_file list.json
+        --vision_tower clip --tune_entire_model true --tune_vit_from_layer -1 --mm_vision_select_layer 8 16 24
+        --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --save_strategy steps --save_steps 2000
+        --learning_rate 2e-5 --dataloader_num_workers 4 --report_to none --run_name vhm""",
+    "vhm_finetune": """--model_name_or_path stage1 --version v1 --data_path sft.json --list_file list.json
+        --vision_tower vit --mm_vision_select_layer 8 16 24 --image_aspect_ratio pad --group_by_modality_length True
+        --per_device_train_batch_size 16 --gradient_accumulation_steps 1 --save_strategy steps --save_steps 2000
+        --learning_rate 2e-5 --dataloader_num_workers 4 --report_to none --run_name vhm""",
+    "geochat": """--lora_enable True --model_name_or_path llava --version v1 --data_path GeoChat_Instruct.json
+        --image_folder images --vision_tower clip --pretrain_mm_mlp_adapter mm_projector.bin
+        --mm_vision_select_layer -2 --image_aspect_ratio pad --per_device_train_batch_size 32
+        --gradient_accumulation_steps 1 --save_strategy epoch --save_steps 7000 --learning_rate 2e-4
+        --dataloader_num_workers 16 --report_to none""",
+}
+EXPECTED: dict[str, dict[str, Any]] = {
+    "llava_pretrain": {"lora_enable": False, "tune_mm_mlp_adapter": True, "version": "plain", "learning_rate": 1e-3},
+    "llava_lora": {"lora_r": 128, "lora_alpha": 256, "mm_projector_lr": 2e-5, "group_by_modality_length": True,
+                   "tune_mm_mlp_adapter": True},
+    "llava_qlora": {"bits": 4, "quantization": "4bit", "lora_r": 64, "learning_rate": 2e-5},
+    "dora": {"use_dora": True, "lora_r": 128, "lora_alpha": 256, "mm_projector_lr": 2e-5},
+    "vhm_pretrain": {"lora_enable": False, "tune_vision_tower": True, "tune_vit_from_layer": None,
+                     "feature_layer": [8, 16, 24], "version": "plain", "learning_rate": 2e-5},
+    "vhm_finetune": {"lora_enable": False, "feature_layer": [8, 16, 24], "version": "vicuna_v1", "tune_vision_tower": False},
+    "geochat": {"lora_enable": True, "tune_mm_mlp_adapter": False, "lora_r": 64, "lora_alpha": 16, "per_device_train_batch_size": 32,
+                "feature_layer": -2, "version": "vicuna_v1"},
+}  # fmt: skip
+IGNORED = {"--mm_use_im_patch_token", "--lazy_preprocess"}
+ALSO_IGNORED = {"vhm_pretrain": {"--list_file", "--run_name"}, "vhm_finetune": {"--list_file", "--run_name"}}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_line_parses_to_its_recipe(name: str) -> None:
+    model, data, args = parse_arguments(shlex.split(f"{COMMANDS[name]} {COMMON} --use_cpu True"))
+    for flag, value in EXPECTED[name].items():
+        owner = next(part for part in (model, data, args) if hasattr(part, flag))
+        assert getattr(owner, flag) == value, flag
+    assert (args.warmup_steps, args.weight_decay, str(args.lr_scheduler_type.value)) == (0.03, 0.0, "cosine")
+    assert "504 px" in " ".join(args.notes)
+    named = [note.split()[0] for note in args.notes if " is ignored: " in note]
+    assert sorted(named) == sorted(IGNORED | ALSO_IGNORED.get(name, set()))
+
+
+@pytest.mark.parametrize("spelling", [["8", "16", "24"], ["8,16,24"], ["[8, 16, 24]"], ["[8,16,24]"]])
+def test_lists_of_states_in_every_spelling(spelling: list[str]) -> None:
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
+    model, _, _ = parse_arguments([*words, "--mm_vision_select_layer", *spelling, "--use_cpu", "True"])
+    assert model.feature_layer == [8, 16, 24]
+
+
+def test_a_preset_stands_behind_the_flags() -> None:
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
+    model, _, args = parse_arguments([*words, "--preset", "dora", "--lora_r", "16", "--image_size=504"])
+    assert (args.lora_r, args.lora_alpha, model.image_size, args.use_dora) == (16, 256, 504, True)
+    assert (args.global_batch_size, args.gradient_accumulation_steps) == (128, 8)
+    _, _, args = parse_arguments([*words, "--gradient_accumulation_steps", "3", "--preset", "dora"])
+    assert (args.global_batch_size, args.gradient_accumulation_steps) == (None, 3)
+    assert "instead of the preset's global batch of 128" in " ".join(args.notes)
