@@ -1,7 +1,7 @@
 """A rehearsal at real size: convert, merge and export a 7B-shaped model, with time and memory; PEFT's merge beside it.
 
     python benchmarks/rehearsal.py --work DIR [--layers 8 16 32] [--formats llava] [--peft] [--rounds 2]
-    python benchmarks/rehearsal.py --work DIR --layers 2 --scale 32 --peft        # the same in a minute
+    python benchmarks/rehearsal.py --work DIR --layers 2 --scale 32 --peft        # small, some minutes
 
 For every number of layers a random model in GeoChat's original layout and a LoRA r 64 are written, then, each in a process
 of its own with the input files dropped from the page cache: conversion to the canonical folder, its verification, the
@@ -85,7 +85,7 @@ def rehearse(args: argparse.Namespace, layers: int) -> list[str]:
     for layout in args.formats:
         target = work / layout
         step(f"export to {layout}", convert(merged, target, layout), merged)
-        if layout == "llava":
+        if layout in ("llava", "gguf"):
             measured([*CHECKS, "same", str(merged), str(target)], log=work / "log")
         shutil.rmtree(target)
     if args.peft:
