@@ -66,6 +66,8 @@ def help_of(module_or_script: str, command: str = "") -> str:
     printed, words = io.StringIO(), [*command.split(), "--help"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", [module_or_script, *words])
+        if module_or_script.endswith(".py"):  # as `python script.py` does
+            patch.syspath_prepend(str((ROOT / module_or_script).parent))
         with pytest.raises(SystemExit) as end:
             run(module_or_script, words)
     assert end.value.code in (0, None), f"{module_or_script} {command} --help ends with {end.value.code}"
