@@ -106,7 +106,15 @@ def draw(random: np.random.Generator, images: int, questions: int) -> list[dict[
             ids = np.concatenate([head, question, answer]).astype(np.int32)
             labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
             labels[-len(answer) :] = answer
-            samples.append({"input_ids": ids, "labels": labels, "pixels": pixels, "images": (str(image),)})
+            samples.append(
+                {
+                    "input_ids": ids,
+                    "labels": labels,
+                    "source": "drawn",
+                    "pixels": pixels,
+                    "images": (str(image),),
+                }
+            )
     return samples
 
 

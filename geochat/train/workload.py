@@ -135,7 +135,7 @@ class Reader:
             return None
         targets = int((encoded.labels != IGNORE_INDEX).sum())
         self.counts[row] = len(encoded.input_ids), targets, len(sample.images)
-        item: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels}
+        item: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels, "source": where}
         if sample.images:  # pixels without a size: the collator only counts them here
             item |= {"pixels": torch.empty(len(sample.images), 0), "images": tuple(sample.images)}
         return item
