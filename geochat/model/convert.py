@@ -25,6 +25,7 @@ from geochat.model.export import TABLES, write_llava
 from geochat.model.export_adapter import write_adapter
 from geochat.model.export_gguf import write_gguf
 from geochat.model.formats.gguf_file import is_gguf
+from geochat.model.formats.xtuner import is_training_checkpoint
 from geochat.model.open import Opened, open_adapter, open_model, open_training_checkpoint, recognise
 from geochat.model.probe import largest_gap, probe_logits
 from geochat.model.weights import State, resume_key
@@ -54,7 +55,7 @@ class Source:
             "vision_tower": self.vision_tower,
             "image_size": self.image_size,
         }
-        if self.is_training_checkpoint():
+        if is_training_checkpoint(self.path):
             return open_training_checkpoint(
                 self.path,
                 **places,
@@ -68,15 +69,11 @@ class Source:
 
     def open(self) -> Opened:
         """The whole model, adapters merged when they are read."""
-        if self.is_training_checkpoint():
+        if is_training_checkpoint(self.path):
             return self.on_base().merged()
         return open_model(
             self.path, base=self.base, vision_tower=self.vision_tower, image_size=self.image_size
         )
-
-    def is_training_checkpoint(self) -> bool:
-        """Whether this is XTuner's `iter_N.pth`, a file or a folder of DeepSpeed's."""
-        return self.path.suffix == ".pth" and self.path.exists()
 
 
 def convert(

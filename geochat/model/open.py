@@ -33,7 +33,7 @@ def recognise(path: Path) -> str:
 
     "pth" is XTuner's training checkpoint. Raises ValueError when it is none of them.
     """
-    if path.suffix == ".pth" and path.exists():
+    if xtuner.is_training_checkpoint(path):
         return "pth"
     if is_gguf(path):
         return "gguf" if sight_beside(text_file(path)) else "llm"

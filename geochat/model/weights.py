@@ -326,7 +326,8 @@ def _write_shard(file: Path, shard: State, bar: tqdm) -> None:
 
 
 def assert_same_keys(found: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse a table whose keys or shapes differ from the wanted ones, naming the first few of each kind."""
+    """Refuse a table whose keys or shapes differ from the wanted ones, or with whole numbers as weights, naming the first
+    few of each kind."""
     missing = sorted(wanted.keys() - found.keys())
     unexpected = sorted(found.keys() - wanted.keys())
     shapes = [
@@ -334,9 +335,16 @@ def assert_same_keys(found: Mapping[str, Entry], wanted: Mapping[str, tuple[int,
         for key, shape in wanted.items()
         if key in found and found[key].shape != tuple(shape)
     ]
+    kinds = [f"{key} is {entry.dtype}" for key, entry in found.items() if not entry.dtype.is_floating_point]
+    groups = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": shapes,
+        "no floating point": kinds,
+    }
     parts = [
         f"{len(group)} {kind} ({', '.join(group[:3])}{', …' if len(group) > 3 else ''})"
-        for kind, group in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for kind, group in groups.items()
         if group
     ]
     if parts:

@@ -227,7 +227,7 @@ def test_interrupted_save(built, copied: Path, monkeypatch, after_commit: bool) 
     else:
         original_write = weights.write_file
 
-        def full(file: Path, state: weights.State) -> None:
+        def full(file: Path, state: weights.State, *_: object) -> None:
             original_write(file, state)
             raise OSError(28, "No space left on device")
 
@@ -240,7 +240,7 @@ def test_interrupted_save(built, copied: Path, monkeypatch, after_commit: bool) 
 
 
 def test_a_wrong_write_is_noticed(built, tmp_path: Path, monkeypatch) -> None:
-    def forget(folder: Path, state: weights.State, _limit: int) -> list[str]:
+    def forget(folder: Path, state: weights.State, *_: object) -> list[str]:
         return weights.write_weights(folder, dict(list(state.items())[:-1]))
 
     monkeypatch.setattr(checkpoint_module, "write_weights", forget)

@@ -160,6 +160,14 @@ def test_a_damaged_folder_is_refused_and_nothing_written(
                 tensors[norm] = tensors[norm][:-1].contiguous()
                 save_file(tensors, file)
 
+    def whole_numbers(folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            tensors = load_file(file)
+            if norm in tensors:
+                tensors[norm] = tensors[norm].to(torch.int32)
+                save_file(tensors, file)
+
+    assert "1 no floating point (language_model.model.norm.weight is torch.int32)" in damaged(whole_numbers)
     assert re.search(rf"{first}: \d+ bytes, but its header announces \d+", damaged(cut))
     assert "names '../secret.safetensors', which is no file of this folder" in damaged(point_elsewhere)
     assert "missing (" in damaged(lose)
@@ -303,7 +311,7 @@ def test_xtuner_training_checkpoint(assets: Path, tmp_path: Path, convert, layou
 
 
 def test_xtuner_pickle_needs_the_flag(assets: Path, tmp_path: Path, convert, refused) -> None:
-    golden, file = assets / "golden", tmp_path / "iter_1.pth"
+    golden, file = assets / "golden", tmp_path / "any name"
     tensors = torch.load(golden / "xtuner/iter_10.pth", weights_only=True)
     torch.save({**tensors, "message_hub": Code(tmp_path / "ran")}, file)
     command = ["--source", str(file), "--target", str(tmp_path / "x"), "--model-base", str(golden / "llava_tiny"),

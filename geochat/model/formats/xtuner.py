@@ -8,6 +8,7 @@ and r 64, alpha 16 on the tower, so the scales are 1/2 and 1/4 where nothing els
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 
@@ -20,8 +21,16 @@ from geochat.model.weights import State, of_tensor
 LLM, TOWER, PROJECTOR = "llm_adapter", "visual_encoder_adapter", "projector"
 WHOLE_TOWER = "visual_encoder"
 PARTS = (LLM, TOWER, WHOLE_TOWER, PROJECTOR)
+_PREFIXES = ("llm.", "visual_encoder.", "projector.")
 LLM_SCALE, TOWER_SCALE = 0.5, 0.25
 """alpha ÷ r of the recipe."""
+
+
+def is_training_checkpoint(path: Path) -> bool:
+    """Whether this is `iter_N.pth`, whatever its name: PyTorch's archive in one file, or DeepSpeed's folder of them."""
+    if path.is_dir():
+        return any(path.glob("mp_rank_*_model_states.pt"))
+    return path.is_file() and is_zipfile(path)
 
 
 def read_folder(folder: Path, heads: Heads | None) -> Adapter:
@@ -87,7 +96,8 @@ def training_tensors(path: Path, trusted: bool = False) -> State:
             "it comes from, give --allow-pickle, which lets it run code"
         ) from None
     table = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(table, dict) or not any(torch.is_tensor(value) for value in table.values()):
+    known = [key for key in table or () if str(key).startswith(_PREFIXES)]
+    if not isinstance(table, dict) or not known:
         raise ValueError(f"{path}: holds no table of tensors; is it XTuner's iter_N.pth?")
     return {key: of_tensor(value, path) for key, value in table.items() if torch.is_tensor(value)}
 
