@@ -34,6 +34,7 @@ def batch(tmp_path: Path, tiny_records):
         paths = {"MODEL": tmp_path, "DATA": tiny_records.file, "IMAGES": tmp_path, "OUTPUT": tmp_path / "run"}
         environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
         environment |= {**job, **{k: str(v) for k, v in paths.items()}, **variables}
+        environment["GEOCHAT_VENV"] = "none"  # its torchrun would go before the stand-in
         environment["PATH"] = f"{folder}:{environment['PATH']}"
         return subprocess.Popen(
             ["bash", str(BATCH), *arguments], env=environment, cwd=ROOT, text=True,
