@@ -74,6 +74,8 @@ def rehearse(args: argparse.Namespace, layers: int) -> list[str]:
     def step(name: str, command: list[str], *reads: Path) -> None:
         rows[name] = run(args, command, work / "log", reads)
         print(line(name, rows[name]), flush=True)
+        if rows[name].stopped:
+            raise SystemExit(f"error: {name}: stopped, the memory of this machine is used up")
 
     step("imports alone", [*CHECKS, "imports"])
     step("convert to hf", convert(source, hf, "hf"), source)

@@ -11,9 +11,8 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _INTERVAL = 0.05  # seconds; much less, and the measuring takes a core from what is measured
 
@@ -32,10 +31,6 @@ class Run:
     """Most mapped file pages seen (libraries are some 300 MB of them)."""
     stopped: bool = False
     """Killed because the machine ran out of memory."""
-
-    def dump(self) -> dict[str, Any]:
-        """For a JSON report."""
-        return asdict(self)
 
 
 def measured(command: Sequence[str], *, floor: int = 0, log: Path | None = None) -> Run:

@@ -5,18 +5,17 @@ Names, shapes, types and files are those of a release; the numbers are drawn. Se
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from geochat.model.formats.sentencepiece import NORMAL, SentencePieceModel
+from geochat.model.weights import write_json
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -125,13 +124,13 @@ def write_source(folder: Path, shape: Shape, shard_bytes: int, tokenizer: Path) 
         write_pickle(folder / name, shard)
     total = sum(2 * math.prod(size) for size in shape.tensors().values())
     places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    _write_json(
+    write_json(
         folder / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": places}
     )
-    _write_json(folder / "config.json", _config(shape))
+    write_json(folder / "config.json", _config(shape))
     (folder / "tokenizer.model").write_bytes(_longer(tokenizer, shape.vocabulary))
     roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": False, **roles}
     )
 
@@ -150,7 +149,7 @@ def write_adapter(folder: Path, shape: Shape, base: Path) -> None:
         "modules_to_save": None, "peft_type": "LORA", "r": shape.rank, "revision": None,
         "target_modules": [name.rpartition(".")[2] for name in _LINEARS], "task_type": "CAUSAL_LM",
     }  # fmt: skip
-    _write_json(folder / "adapter_config.json", config)
+    write_json(folder / "adapter_config.json", config)
 
 
 def write_pickle(file: Path, shapes: Shapes) -> None:
@@ -182,32 +181,23 @@ def _drawn(name: str, count: int, pool: torch.Tensor, draw: torch.Generator) -> 
 
 
 def _longer(tokenizer: Path, pieces: int) -> bytes:
-    """A sentencepiece model brought to `pieces` pieces: joined pairs of its own pieces, as further merges.
-
-    A protocol-buffer message that follows another one is one message with it, and its repeated fields are appended.
-    """
-    own = SentencePieceModel.read(tokenizer).pieces
+    """A sentencepiece model brought to `pieces` pieces: joined pairs of its own pieces, as further merges."""
+    model = SentencePieceModel.read(tokenizer)
+    own = model.pieces
     texts = {text for text, _, _ in own}
     parts = [text for text, _, kind in own if kind == NORMAL]
     lowest = min(score for _, score, _ in own)
-    added = bytearray()
+    added = []
     for k in range(len(parts) ** 2):
         if len(texts) == pieces:
             break
         text = parts[k % len(parts)] + parts[(k // len(parts) + 7 * k) % len(parts)]
         if text not in texts:
             texts.add(text)
-            added += _piece(text, lowest - len(texts))
+            added.append((text, lowest - len(texts), NORMAL))
     if len(texts) != pieces:
         raise ValueError(f"{tokenizer}: {len(own)} pieces cannot be brought to {pieces}")
-    return tokenizer.read_bytes() + bytes(added)
-
-
-def _piece(text: str, score: float) -> bytes:
-    """One `pieces` field of a sentencepiece model."""
-    said = text.encode()
-    body = b"\x0a" + bytes([len(said)]) + said + b"\x15" + struct.pack("<f", score)
-    return b"\x0a" + bytes([len(body)]) + body
+    return replace(model, pieces=[*own, *added]).serialise()
 
 
 def _config(shape: Shape) -> dict[str, object]:
@@ -224,7 +214,3 @@ def _config(shape: Shape) -> dict[str, object]:
         "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
         "image_aspect_ratio": "pad", "image_grid_pinpoints": None,
     }  # fmt: skip
-
-
-def _write_json(file: Path, value: object) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -63,6 +63,17 @@ RECIPES = {
     "vhm_finetune.sh": "vhm_finetune",
 }
 """Script → preset."""
+PUBLISHED = {
+    "geochat_lora": (144, 2e-4, (64, 16)),
+    "geochat_lora_script": (96, 2e-4, (64, 16)),
+    "geochat_full": (144, 2e-5, None),
+    "llava_pretrain": (256, 1e-3, None),
+    "dora": (128, 2e-4, (128, 256)),
+    "geochat_bench_qlora": (128, 2e-4, (512, 256)),
+    "vhm_pretrain": (256, 2e-5, None),
+    "vhm_finetune": (128, 2e-5, None),
+}
+"""Preset → global batch, learning rate, rank and alpha of LoRA, as the sources have them."""
 LORA = ROOT / "scripts" / "finetune_lora.sh"
 
 
@@ -108,7 +119,7 @@ def test_recipe_keeps_its_global_batch_on_any_number_of_gpus(name: str, gpus: in
     from geochat.train.presets import PRESETS
 
     preset = PRESETS[RECIPES[name]]
-    batch = preset.flags["global_batch_size"]
+    batch, rate, published_lora = PUBLISHED[RECIPES[name]]
     result = launch(ROOT / "scripts" / name, GPUS=str(gpus))
     if batch % gpus:
         assert f"{batch} cannot be split over {gpus} GPUs" in result.stderr
@@ -124,7 +135,8 @@ def test_recipe_keeps_its_global_batch_on_any_number_of_gpus(name: str, gpus: in
     per_device = training.per_device_train_batch_size
     assert training.global_batch_size == batch
     assert accumulation_for(batch, per_device, 1, gpus) * per_device * gpus == batch
-    assert training.learning_rate == preset.flags["learning_rate"]
+    lora = (training.lora_r, training.lora_alpha) if training.lora_enable else None
+    assert (training.learning_rate, lora) == (rate, published_lora)
 
 
 def test_recipe_names_what_is_missing(launch) -> None:

@@ -37,7 +37,9 @@ def open_image(source: str | Path | BinaryIO | Image.Image, max_pixels: int | No
 
 def image_size(source: str | Path, max_pixels: int | None = None) -> tuple[int, int]:
     """Width and height as the file states them, without decoding it. Raises: ValueError, as `open_image`."""
-    with _opened(source, max_pixels or MAX_PIXELS) as (image, _):
+    max_pixels = max_pixels or MAX_PIXELS
+    with _opened(source, max_pixels) as (image, name):
+        _check_size(image, name, max_pixels)
         return image.size
 
 
@@ -71,10 +73,14 @@ class _Refused(ValueError):
     """A picture that could be read, but is not wanted; the message names it already."""
 
 
-def _rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise _Refused(f"{name}: refused, {width} x {height} pixels is above {max_pixels}")
+
+
+def _rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    _check_size(image, name, max_pixels)
     if image.mode.startswith(_DEEP_MODES):
         raise _Refused(f"{name}: mode {image.mode} has more than 8 bits per sample; convert it to 8-bit RGB")
     image.load()

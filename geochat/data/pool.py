@@ -12,11 +12,12 @@ _SECONDS = 0.5
 
 def process_pool(workers: int | None = None) -> ProcessPoolExecutor:
     """A pool whose processes end when this one is killed; the standard library's would wait for work for ever."""
-    return ProcessPoolExecutor(workers, initializer=_follow, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(workers, initializer=_follow)
 
 
-def _follow(parent: int) -> None:
+def _follow() -> None:
     """End this process when it has lost its parent. Asking is the one way that no inherited pipe can keep open."""
+    parent = os.getppid()  # the process that started the pool, or a fork server, which ends with that one
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from geochat.data.staged import staged
 
 Row = dict[str, Any]
 
@@ -45,14 +46,8 @@ def read_rows(path: str | Path, torn_end: bool = False) -> list[Row]:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write under another name first, so that a kill or a full disk leaves the previous file whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with staged(Path(path)) as unfinished:
         unfinished.write_bytes(content)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -191,7 +191,7 @@ def load_with_base(
     record = BaseRecord.read(path).moved_to(base, vision_tower)
     processor = Processor.load(path).with_image_size(image_size or adapter_image_size(path))
     model: nn.Module
-    if recognise(record.model) in ("llm", "llava"):
+    if recognise(record.model) in ("llm", "llava", "gguf"):
         config = LlavaConfig.from_dict(read_json(path / "config.json"))
         model, _ = build_model(
             record.model,

@@ -7,7 +7,6 @@ transformers' `save_pretrained` changes key layouts and token ids in ordinary si
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from geochat.model.weights import (
     open_file,
     open_files,
     open_weights,
+    write_json,
     write_weights,
 )
 
@@ -157,7 +157,7 @@ def write_checkpoint(
 ) -> None:
     """Write a canonical folder from an unread table, one tensor in memory at a time; see `save_model`.
 
-    resume: key of what is written (`geochat.model.convert.resume_key`): shards of an earlier call with the same key that
+    resume: key of what is written (`geochat.model.weights.resume_key`): shards of an earlier call with the same key that
     was killed are kept. progress: show a bar by tensor.
     """
     folder = Path(folder)
@@ -171,9 +171,9 @@ def write_checkpoint(
     ordered = {key: state[key].to(dtype) for key in shapes}
     with staged(folder, resume) as staging:
         write_weights(staging, ordered, max_shard_bytes, str(folder) if progress else None)
-        _write_json(staging / "config.json", portable_config(config, ordered[_EMBEDDINGS].dtype))
+        write_json(staging / "config.json", portable_config(config, ordered[_EMBEDDINGS].dtype))
         generation = generation_config(config, processor).to_diff_dict()
-        _write_json(staging / "generation_config.json", generation)
+        write_json(staging / "generation_config.json", generation)
         processor.save(staging)
         assert_same_keys(open_weights(staging), shapes, f"{folder} (as written)")
 
@@ -222,7 +222,3 @@ def _read_generation_config(path: Path, config: LlavaConfig, processor: Processo
     if (path / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(str(path), local_files_only=True)
     return generation_config(config, processor)
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ tensor, the token ids of a text, and the logits of a probe.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,14 @@ def convert(
     if target.exists() and target.samefile(own):
         raise ValueError(f"{target}: is the source itself; name another folder for the result")
     if layout == "peft":
-        adapter = source.on_base()
-        write_adapter(target, adapter, dtype=dtype)
-        return adapter.merged()
+        beside = source.on_base()
+        rounded = replace(beside, adapter=beside.adapter.to(dtype))
+        write_adapter(target, rounded)
+        return rounded.merged()
     config, state, processor = source.open()
+    for part in {entry.file.parent for entry in state.values() if entry.file is not None}:
+        if target.exists() and target.samefile(part):
+            raise ValueError(f"{target}: is read by the conversion; name another folder for the result")
     dtype = dtype or stored_dtype(config)
     key = resume_key(state, [source.path, source.base, source.vision_tower], layout, dtype, source)
     WRITERS[layout](target, config, state, processor, dtype=dtype, resume=key, progress=progress)
@@ -122,13 +126,12 @@ def verify(
     found = f"all {len(state)} tensors equal to the source, token ids too"
     if not probe:
         return found
-    rows = min(processor.image_token_id, processor.pad_token_id)
     answers: list[list[torch.Tensor]] = []
     for name, (model_config, table, own) in (("source", source), (str(target), again)):
         model = instantiate(model_config, table, name, dtype=dtype or torch.float32)
         answers.append(probe_logits(model, own))
         del model
-    gap = largest_gap(answers[0], answers[1], rows)
+    gap = largest_gap(answers[0], answers[1], processor.own_tokens)
     if not gap <= 1e-5:
         raise ValueError(
             f"{target}: a logit differs from the source's by {gap:.3g} though the tensors are equal"
@@ -189,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         opened = convert(source, args.target, args.format, dtype=dtype)
         config = opened[0]
         print(f"{args.target}: {args.format}, {_size(args.target)}, {config.vision_config.image_size} px")
-        if args.format != "peft":
-            dtype = dtype or stored_dtype(config)
+        dtype = None if args.format == "peft" else dtype or stored_dtype(config)
         if args.verify:
             cut = args.format in ("llava", "gguf")
             print(f"verified: {verify(opened, args.target, dtype, probe=not args.no_probe, cut=cut)}")

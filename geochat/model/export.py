@@ -7,7 +7,6 @@ those programs build the tower from such a folder first.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,15 @@ from geochat.model.canonical import expected_shapes, rename
 from geochat.model.formats.llava import CLIP, LLAVA
 from geochat.model.processor import CLIP_MEAN, CLIP_STD, MAX_TEXT_TOKENS, Processor
 from geochat.model.staging import staged
-from geochat.model.weights import MAX_SHARD_BYTES, Entry, State, assert_same_keys, open_weights, write_weights
+from geochat.model.weights import (
+    MAX_SHARD_BYTES,
+    Entry,
+    State,
+    assert_same_keys,
+    open_weights,
+    write_json,
+    write_weights,
+)
 
 TABLES = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _COPIED = (
@@ -53,7 +60,7 @@ def write_llava(
     if config.text_config.attention_bias:
         raise ValueError(f"{folder}: the original layout knows no attention biases")
     assert_same_keys(state, expected_shapes(config), f"{folder} (to be written)")
-    rows = min(processor.image_token_id, processor.pad_token_id)  # what geochat added comes last
+    rows = processor.own_tokens
     dtype = dtype or stored_dtype(config)
     tower = f"clip-vit-patch{config.vision_config.patch_size}-{processor.image_size}"
     original = {key: entry.to(dtype) for key, entry in original_state(state, rows).items()}
@@ -61,12 +68,12 @@ def write_llava(
         clip = {key: entry.to(dtype) for key, entry in clip_state(state).items()}
         write_weights(staging, clip, max_shard_bytes, str(folder / tower) if progress else None)
         vision = {**config.vision_config.to_dict(), "architectures": ["CLIPVisionModel"]}
-        _write_json(staging / "config.json", {**vision, "torch_dtype": _name(dtype)})
-        _write_json(staging / "preprocessor_config.json", _clip_images(processor.image_size))
+        write_json(staging / "config.json", {**vision, "torch_dtype": _name(dtype)})
+        write_json(staging / "preprocessor_config.json", _clip_images(processor.image_size))
     with staged(folder, resume) as staging:
         write_weights(staging, original, max_shard_bytes, str(folder) if progress else None)
-        _write_json(staging / "config.json", _config(config, rows, folder / tower, dtype))
-        _write_json(
+        write_json(staging / "config.json", _config(config, rows, folder / tower, dtype))
+        write_json(
             staging / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         )
         _write_tokenizer(staging, processor)
@@ -80,7 +87,7 @@ def original_state(state: State, rows: int) -> State:
     for key, entry in state.items():
         name = rename(key, LLAVA, backwards=True)
         assert name is not None, key
-        found[name] = _cut(entry, rows) if key in TABLES else entry
+        found[name] = first_rows(entry, rows) if key in TABLES else entry
     return found
 
 
@@ -93,7 +100,8 @@ def clip_state(state: State) -> State:
     }
 
 
-def _cut(entry: Entry, rows: int) -> Entry:
+def first_rows(entry: Entry, rows: int) -> Entry:
+    """A [V, C] table cut to its first rows, still unread."""
     return entry.map(lambda table: table[:rows].clone(), (rows, entry.shape[1]))
 
 
@@ -130,17 +138,13 @@ def _write_tokenizer(folder: Path, processor: Processor) -> None:
     assert processor.sentencepiece is not None
     (folder / "tokenizer.model").write_bytes(processor.sentencepiece)
     roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "LlamaTokenizer", "legacy": True, "model_max_length": MAX_TEXT_TOKENS,
          "padding_side": "right", "add_bos_token": True, "add_eos_token": False, **roles},
     )  # fmt: skip
-    _write_json(folder / "special_tokens_map.json", roles)
+    write_json(folder / "special_tokens_map.json", roles)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ a projector among PEFT's `modules_to_save`, other tensors into `non_lora_trainab
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,15 @@ from geochat.model.checkpoint import portable_config
 from geochat.model.formats.adapters import EXTRA, WEIGHTS, Update
 from geochat.model.processor import Processor
 from geochat.model.staging import staged
-from geochat.model.weights import Entry, State, assert_same_keys, read_header, write_file
+from geochat.model.weights import Entry, State, assert_same_keys, read_header, write_file, write_json
 
 _PROJECTOR = "multi_modal_projector"
 _PEFT = "base_model.model."
 
 
-def write_adapter(folder: Path | str, source: OnBase, *, dtype: torch.dtype | None = None) -> None:
+def write_adapter(folder: Path | str, source: OnBase) -> None:
     """Write an adapter folder, atomically.
 
-    dtype: of the adapter's matrices; None: as stored.
     Raises ValueError: nothing in the source is LoRA, some layers have DoRA's magnitudes and others not, the folder
     holds a full model or cannot be written.
     """
@@ -42,10 +40,10 @@ def write_adapter(folder: Path | str, source: OnBase, *, dtype: torch.dtype | No
         raise ValueError(f"{source.adapter.where}: only some of its layers have magnitudes (DoRA)")
     replaced = _changed(source)
     projector = {key: entry for key, entry in replaced.items() if key.startswith(_PROJECTOR)}
-    extra = {key: entry.to(dtype) for key, entry in replaced.items() if key not in projector}
-    tensors = {f"{_PEFT}{_running(key)}": entry.to(dtype) for key, entry in projector.items()}
+    extra = {key: entry for key, entry in replaced.items() if key not in projector}
+    tensors = {f"{_PEFT}{_running(key)}": entry for key, entry in projector.items()}
     for key, update in updates.items():
-        tensors |= {name: entry.to(dtype) for name, entry in _layer(_running(key), update).items()}
+        tensors |= _layer(_running(key), update)
     config = _config(updates, dora=dora.pop(), with_projector=bool(projector))
     record = BaseRecord.of(source.model, source.vision_tower)
     write_folder(Path(folder), tensors, extra, config, source.config, source.processor, record)
@@ -74,8 +72,8 @@ def write_folder(
         if extra:
             write_file(staging / EXTRA, extra)
         processor.save(staging)
-        _write_json(staging / "adapter_config.json", peft_config)
-        _write_json(staging / "config.json", portable_config(config, dtype))
+        write_json(staging / "adapter_config.json", peft_config)
+        write_json(staging / "config.json", portable_config(config, dtype))
         base.write(staging)
         written = {key: tuple(row["shape"]) for key, row in read_header(staging / WEIGHTS).items()}
         assert_same_keys(tensors, written, f"{folder} (as written)")
@@ -137,8 +135,3 @@ def _exactly(name: str) -> str:
 
 def _plain(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
-
-
-def _write_json(file: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, default=lambda item: sorted(item))
-    file.write_text(text + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from transformers import LlavaConfig
 
 from geochat.model.build import stored_dtype
 from geochat.model.canonical import expected_shapes
-from geochat.model.export import TABLES
+from geochat.model.export import TABLES, first_rows
 from geochat.model.formats.gguf import gguf_name, pairs_together
 from geochat.model.formats.gguf_file import open_gguf, package
 from geochat.model.gguf_metadata import feature_layers, text_metadata, tower_metadata, vocabulary
@@ -65,7 +65,7 @@ def write_gguf(
     for key in shapes:
         entry = _rounded(key, state[key], dtype)
         if key in TABLES:
-            entry = _first_rows(entry, len(pieces))
+            entry = first_rows(entry, len(pieces))
         entry = pairs_together(key, entry, text.num_attention_heads, text.num_key_value_heads)
         stored = gguf_name(key)
         if stored is None:
@@ -122,8 +122,13 @@ def _rounded(key: str, entry: Entry, dtype: torch.dtype) -> Entry:
     return entry.to(dtype)
 
 
-def _first_rows(entry: Entry, rows: int) -> Entry:
-    return entry.map(lambda table: table[:rows].clone(), (rows, entry.shape[1]))
+def add_metadata(writer: Any, metadata: dict[str, Any]) -> None:
+    """Each value under the type that llama.cpp reads it as: whole numbers as uint32, others by their own."""
+    kinds = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+    }  # fmt: skip
+    for key, value in metadata.items():
+        kinds.get(type(value), writer.add_array)(key, value)
 
 
 def _write(
@@ -137,14 +142,7 @@ def _write(
     """One file: names, shapes and types first, then each tensor as it is read. It has its name when it is whole."""
     partial = file.with_name(f"{file.name}.partial")
     writer = gguf.GGUFWriter(partial, architecture)
-    for key, value in metadata.items():
-        kinds = {
-            bool: writer.add_bool,
-            int: writer.add_uint32,
-            float: writer.add_float32,
-            str: writer.add_string,
-        }
-        kinds.get(type(value), writer.add_array)(key, value)
+    add_metadata(writer, metadata)
     for name, entry in tensors.items():
         kind = gguf.GGMLQuantizationType(_DTYPES[entry.dtype][1])
         plain = np.dtype(f"i{entry.dtype.itemsize}")  # the type is stated apart, numpy has no bfloat16

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from geochat.data.staged import staged
 from geochat.errors import stop
 from geochat.model.canonical import rename
 from geochat.model.formats.llava import LLAVA
@@ -42,15 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.output.suffix != ".safetensors":
             raise ValueError(f"{args.output}: pickles are read, not written; name it .safetensors")
         _, state, _ = open_model(args.model_path, base=args.model_base, vision_tower=args.vision_tower)
-        partial = args.output.with_name(f"{args.output.name}.partial")
         try:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_file(partial, projector_of(state))
-            partial.replace(args.output)
+            with staged(args.output) as partial:
+                write_file(partial, projector_of(state))
         except OSError as error:
             raise ValueError(f"{args.output}: cannot be written ({error.strerror})") from None
-        finally:
-            partial.unlink(missing_ok=True)
     except ValueError as error:
         stop(error)
     print(f"{args.output}: use it with --pretrain_mm_mlp_adapter")

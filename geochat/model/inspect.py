@@ -69,7 +69,7 @@ def _adapter(path: Path) -> Rows:
             "adapter",
             f"{'DoRA' if dora else 'LoRA'}, rank {config.get('r')}, alpha {config.get('lora_alpha')}",
         ),
-        ("written by", "geochat" if ours else "another program (it comes out merged)"),
+        ("written by", "geochat" if ours else "another program"),
         ("base", str(named)),
     ]
 

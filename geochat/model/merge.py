@@ -56,7 +56,7 @@ def merge_adapter(
             )
     config, state, processor = opened.merged()
     dtype = dtype or stored_dtype(config)
-    key = resume_key(state, [adapter], "merged", dtype, max_shard_bytes)
+    key = resume_key(state, [adapter, opened.model, opened.vision_tower], "merged", dtype, max_shard_bytes)
     write_checkpoint(
         output,
         config,

@@ -174,7 +174,7 @@ def _own_adapter(
     record = BaseRecord.read(path).moved_to(base, vision_tower)
     own = LlavaConfig.from_dict(read_config(path))
     size, layer = image_size or own.vision_config.image_size, own.vision_feature_layer
-    if recognise(record.model) in ("llm", "llava"):
+    if recognise(record.model) in ("llm", "llava", "gguf"):
         config, state, _ = read_parts(
             record.model, record.vision_tower, image_size=size, feature_layer=layer, seed=None
         )

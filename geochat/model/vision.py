@@ -88,10 +88,11 @@ def blocks_read(config: Any) -> int:
     """How many blocks of the tower, from the first, lie before the last hidden state that the projector sees."""
     states = config.vision_config.num_hidden_layers + 1  # the embeddings are state 0
     layers = config.vision_feature_layer
-    for layer in layers if isinstance(layers, list | tuple) else [layers]:
+    layers = layers if isinstance(layers, list | tuple) else [layers]
+    for layer in layers:
         if not -states <= layer < states:
             raise ValueError(f"the tower has hidden states 0 to {states - 1}; there is no state {layer}")
-    return max(layer % states for layer in (layers if isinstance(layers, list | tuple) else [layers]))
+    return max(layer % states for layer in layers)
 
 
 def freeze_tower(model: nn.Module) -> None:

@@ -89,6 +89,12 @@ def read_json(file: Path, optional: bool = False) -> dict[str, Any]:
     return value
 
 
+def write_json(file: Path, value: Any) -> None:
+    """A configuration file: keys in order, sets as sorted lists (PEFT's settings have some)."""
+    text = json.dumps(value, indent=2, sort_keys=True, default=sorted)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 def of_tensor(tensor: Tensor, file: Path | None = None) -> Entry:
     """An entry for a tensor that is in memory, or mapped from a file."""
     return Entry(tuple(tensor.shape), tensor.dtype, lambda: tensor, file=file)
@@ -286,13 +292,13 @@ def write_weights(
             filled = 0
         shards[-1][key] = entry
         filled += entry.nbytes
+    several = len(shards) > 1
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
+    names = names if several else ["model.safetensors"]
     with tqdm(total=len(state), desc=title, unit="tensor", disable=title is None, leave=False) as bar:
         for name, shard in zip(names, shards, strict=True):
             _write_shard(folder / name, shard, bar)
-    if len(shards) == 1:
+    if not several:
         return names
     index = {
         "metadata": {"total_size": sum(entry.nbytes for entry in state.values())},
@@ -308,7 +314,11 @@ def resume_key(state: State, folders: Iterable[Path | str | None], *settings: ob
     files = {entry.file for entry in state.values() if entry.file is not None}
     for folder in folders:
         if folder is not None and Path(folder).is_dir():
-            files |= {file for file in Path(folder).iterdir() if file.is_file()}
+            # XTuner's folders hold their parts one level down.
+            found = [*Path(folder).glob("*"), *Path(folder).glob("*/*")]
+            files |= {file for file in found if file.is_file()}
+        elif folder is not None:
+            files.add(Path(folder))
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     names = [(key, entry.shape, str(entry.dtype)) for key, entry in state.items()]
     return hashlib.sha256(repr((stats, names, [str(value) for value in settings])).encode()).hexdigest()

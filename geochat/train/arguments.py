@@ -64,6 +64,10 @@ class ModelArguments:
     tune_vit_from_layer: int | None = None
     """With `--tune_vision_tower`: first CLIP block that trains, counted from 0; default, and -1: all."""
 
+    def projector_is_frozen(self, lora: bool) -> bool:
+        """Whether the flags leave the projector as it is."""
+        return self.freeze_mm_mlp_adapter or (lora and not self.tune_mm_mlp_adapter)
+
     @property
     def feature_layer(self) -> int | list[int] | None:
         """`--mm_vision_select_layer` as transformers wants it."""
@@ -260,6 +264,10 @@ class TrainingArguments(transformers.TrainingArguments):
         """FSDP2, one unit for each block of the language model and of the tower, unless `--fsdp_config` says otherwise."""
         if self.deepspeed or self.bits < 16:
             raise ValueError("--fsdp goes neither with --deepspeed nor with --bits: leave one out")
+        if self.dry_run:
+            raise ValueError(
+                "--dry_run does not count FSDP: plan with --deepspeed scripts/zero3.json instead"
+            )
         if "RANK" not in os.environ:
             raise ValueError("--fsdp needs a launcher: start with torchrun")
         if self.fsdp_config is None:
@@ -348,6 +356,8 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
     )
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
+    if training.vision_lora_r and model.tune_vision_tower:
+        raise ValueError("--vision_lora_r and --tune_vision_tower are two ways to train the tower: give one")
     training.notes = notes + training.notes + without_effect(argv, model, training)
     return model, data, training
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from transformers import LlavaConfig
 
+from geochat.model.vision import blocks_read
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -53,7 +55,7 @@ class ModelShape:
             tower_hidden=tower.hidden_size,
             tower_ffn=tower.intermediate_size,
             tower_blocks=tower.num_hidden_layers,
-            tower_read=max(index % (tower.num_hidden_layers + 1) for index in layers),
+            tower_read=blocks_read(config),
             tower_heads=tower.num_attention_heads,
             patches=(tower.image_size // tower.patch_size) ** 2,
             patch_weights=tower.num_channels * tower.patch_size**2,

@@ -50,7 +50,7 @@ def with_their_defaults(argv: list[str], kept: list[str], notes: list[str]) -> l
     added: list[str] = []
     if "--lora_enable" not in kept:
         added += ["--lora_enable", "False"]
-    elif "--mm_projector_lr" in kept and "--tune_mm_mlp_adapter" not in kept:
+    elif "--mm_projector_lr" in kept and "--tune_mm_mlp_adapter" not in kept and _asks_for_lora(kept):
         added += ["--tune_mm_mlp_adapter", "True"]
     if added:
         notes.append(
@@ -63,6 +63,12 @@ def with_their_defaults(argv: list[str], kept: list[str], notes: list[str]) -> l
     return added + kept
 
 
+def _asks_for_lora(words: list[str]) -> bool:
+    """Whether the last `--lora_enable` of a command line is not False."""
+    place = len(words) - 1 - words[::-1].index("--lora_enable")
+    return [word.lower() for word in words[place + 1 : place + 2]] != ["false"]
+
+
 def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
     """Command line with LLaVA's outdated flags renamed or dropped, and one line for each dropped one."""
     kept: list[str] = []
@@ -72,7 +78,8 @@ def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
     for word in words:
         if word == "--tune_entire_model":  # VHM's word for everything, the tower included
             value = next(words, "True")
-            kept += ["--lora_enable", str(value.lower() != "true"), "--tune_vision_tower", value]
+            everything = ["--lora_enable", "False", "--tune_vision_tower", "True"]
+            kept += everything if value.lower() == "true" else []
             continue
         if word.startswith("--"):
             layers = word == "--mm_vision_select_layer"
@@ -98,7 +105,7 @@ def without_effect(argv: list[str], model: ModelArguments, training: TrainingArg
         notes.append(
             "LoRA is the default here; --lora_enable False trains the model itself, as LLaVA does unasked"
         )
-    frozen = model.freeze_mm_mlp_adapter or (lora and not model.tune_mm_mlp_adapter)
+    frozen = model.projector_is_frozen(lora)
     if frozen and "mm_projector_lr" in given:
         notes.append(
             "--mm_projector_lr has no effect: the projector is frozen (--tune_mm_mlp_adapter True trains it)"

@@ -59,7 +59,7 @@ def outline(model_args: ModelArguments, data_args: DataArguments, args: Training
             seed=None,
             read=expected,
         )
-        frozen = model_args.freeze_mm_mlp_adapter or (args.lora_enable and not model_args.tune_mm_mlp_adapter)
+        frozen = model_args.projector_is_frozen(args.lora_enable)
         if frozen and not model_args.pretrain_mm_mlp_adapter and not any("mm_projector" in k for k in here):
             why = "holds no projector" if here else "holds no weights, so perhaps no projector"
             notes.append(

@@ -48,7 +48,7 @@ class PackingCollator(Collator):
     share: samples of the same image become one document. pack: documents fill up rows: of the longest document's
     length, or all in one row (`one_row`, for attention whose cost does not grow with the masked part).
     budget: most tokens, padding included, that are computed at once. The batch is then `{"parts": list of batches as
-    above, "labels": the supervised tokens of all of them}`; a document that is longer by itself is a part by itself.
+    above, "labels": the supervised tokens of all of them, behind one that is none}`; a document that is longer by itself is a part by itself.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class PackingCollator(Collator):
             batch = self._rows(documents)
         else:
             parts = [self._rows(part) for part in within(documents, self.budget)]
-            batch = {"parts": parts, "labels": torch.cat([_supervised(part) for part in parts])}
+            first = torch.tensor([IGNORE_INDEX])  # transformers leaves the first label out when it counts
+            batch = {"parts": parts, "labels": torch.cat([first, *(_supervised(part) for part in parts)])}
         batch["sources"] = [sample["source"] for sample in samples]
         return {**batch, "bad_samples": bad} if bad else batch
 

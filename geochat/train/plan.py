@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from geochat.data.staged import staged
 from geochat.data.store import InstructionStore
 from geochat.model.adapter import trainable_groups
 from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -196,7 +197,7 @@ def run(arguments: Arguments, make_trainable: MakeTrainable, make_collator: Make
 
 
 def _write(path: Path, plan: Plan) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(plan.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with staged(path) as temporary:
+        temporary.write_text(
+            json.dumps(plan.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

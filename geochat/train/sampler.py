@@ -91,7 +91,7 @@ def by_image(
     """
     whole: list[np.ndarray] = []  # of all processes
     single: list[np.ndarray] = []  # micro-batches that make no whole batch
-    rest: list[np.ndarray] = []
+    rest: list[np.ndarray] = []  # of images and of texts, less than a micro-batch each
     for texts in (False, True):
         left: list[np.ndarray] = []
         for pool in _pools(
@@ -103,8 +103,6 @@ def by_image(
             whole += units
             single += full[len(units) * each :]
         rest += left
-    if rest:  # groups that fit into no whole micro-batch are cut where its end falls
-        rest = [np.concatenate(rest)]
     shuffled = [
         *(whole[i] for i in random.permutation(len(whole))),
         *(single[i] for i in random.permutation(len(single))),

@@ -152,7 +152,7 @@ def load_base(arguments: Arguments) -> tuple[nn.Module, Processor, BaseRecord]:
             args.notes.append(f"--vision_tower is not used: {folder} holds its tower")
             tower = None
     else:
-        frozen = model_args.freeze_mm_mlp_adapter or (args.lora_enable and not model_args.tune_mm_mlp_adapter)
+        frozen = model_args.projector_is_frozen(args.lora_enable)
         if frozen and projector is None and not brings_projector(folder, tower):
             raise ValueError(
                 f"{folder} holds no projector, and a fresh one would stay frozen: give one with "
@@ -204,10 +204,6 @@ def make_trainable(
             vision_r=args.vision_lora_r,
             vision_alpha=args.vision_lora_alpha,
         )
-        if args.vision_lora_r and model_args.tune_vision_tower:
-            raise ValueError(
-                "--vision_lora_r and --tune_vision_tower are two ways to train the tower: give one"
-            )
         model = attach(base, spec)
         if model_args.tune_vision_tower:
             unfreeze_tower(base, model_args.tune_vit_from_layer)
@@ -288,3 +284,5 @@ def report_bad_samples(trainer: Trainer) -> None:
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():  # else gloo's threads may outlive the interpreter, which aborts a finished run
+        dist.destroy_process_group()

@@ -161,7 +161,7 @@ class Trainer(ShardedTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         parts = list(inputs["parts"])
         parts += [nothing(self.args.device)] * (self._most(len(parts)) - len(parts))
-        self.supervised = len(inputs["labels"])
+        self.supervised = int((inputs["labels"] != IGNORE_INDEX).sum())
         state, syncs = self.accelerator.gradient_state, self.accelerator.sync_gradients
         total = torch.zeros((), device=self.args.device)
         try:

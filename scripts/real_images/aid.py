@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from geochat.data.images import open_image
+from geochat.data.phrases import scene_prompt
 
 CLASSES = (
     "Medium Residential", "Storage Tanks", "Beach", "Sparse Residential", "Square", "Pond", "River", "Commercial",
@@ -23,11 +24,7 @@ CLASSES = (
 )  # fmt: skip
 """In the order of GeoChat-Bench."""
 
-PROMPT = (
-    "Classify the given image in one of the following classes. Classes: "
-    + ", ".join(CLASSES)
-    + ". \nAnswer in one word or a short phrase."
-)
+PROMPT = scene_prompt(CLASSES)
 """GeoChat-Bench's question about every scene."""
 
 

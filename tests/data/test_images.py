@@ -92,6 +92,8 @@ def test_huge_images_are_refused(tmp_path: Path, monkeypatch):
     with pytest.raises(ValueError, match=r"x\.png: refused, 40 x 30 pixels"):
         open_image(path)
     assert open_image(path, max_pixels=1200).size == (40, 30)
+    with pytest.raises(ValueError, match=r"x\.png: refused, 40 x 30 pixels is above 1199"):
+        image_size(path, max_pixels=1199)
     # Pillow's own bound rises with it, and falls back.
     bound = Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

@@ -205,8 +205,9 @@ def test_parts_that_are_cut_off_are_named(parts, tmp_path: Path, refused, number
     assert f"{name} has {len(whole) - 40:,} bytes" in line or f"{name}: the list of files" in line
 
 
-def test_what_is_no_archive_is_named(tmp_path: Path, refused):
-    page = tmp_path / "images_partaa"
+@pytest.mark.parametrize("name", ["images_partaa", "train2017.zip"])
+def test_what_is_no_archive_is_named(tmp_path: Path, refused, name: str):
+    page = tmp_path / name
     page.write_bytes(b"<html>Not found</html>")
     assert "not a zip archive; is it a web page" in refused(main, instruct([page], tmp_path / "out"))
 

@@ -331,6 +331,10 @@ def spoiled(**changes: object) -> Callable[[dict], None]:
             "images[0]: '../a.jpg' is a path that leaves",
         ),
         (lambda c: c["images"].append(c["images"][0]), 'images[1]: "id" 7 is that of a.jpg, too'),
+        (
+            lambda c: c["images"].append({**c["images"][0], "id": 70}),
+            'images[1]: "file_name" a.jpg stands there twice; merge the two rows',
+        ),
         (lambda c: c["categories"][1].pop("name"), 'categories[1]: "id" or "name" is missing'),
         (lambda c: c.pop("annotations"), 'no list "annotations" of objects'),
     ],
@@ -531,6 +535,11 @@ def test_no_answer_stands_in_an_earlier_turn():
             boxes = [box.format() for q in talk for box in parse_boxes(q.text + q.answer)]
             assert len(boxes) == len(set(boxes))
             assert all(not a.spoils(b) for i, a in enumerate(talk) for b in talk[:i])
+            for question in talk:
+                if question.text.startswith(("How many", "Is there")):
+                    assert sum(other.label == question.label for other in talk) == 1
+                if question.text.startswith("[grounding]"):
+                    assert len(talk) == 1
 
 
 def test_words():

@@ -274,6 +274,17 @@ def test_an_adapter_stays_an_adapter(assets: Path, tmp_path: Path, convert, fold
     assert largest_gap(probe_logits(theirs, processor), probe_logits(merged, processor)) < 1e-5
 
 
+def test_a_narrower_adapter_is_verified_as_it_is_written(
+    assets: Path, tmp_path: Path, convert, capsys
+) -> None:
+    golden, target = assets / "golden", tmp_path / "adapter"
+    arguments = ["--source", str(golden / "lora"), "--target", str(target), "--format", "peft", "--verify"]
+    assert convert([*arguments, "--dtype", "bfloat16", "--model-base", str(golden / "geochat_tiny")]) == 0
+    assert "tensors equal to the source" in capsys.readouterr().out
+    written = load_file(target / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
 def test_only_adapters_become_adapters(assets: Path, tmp_path: Path, convert, refused) -> None:
     source = ["--source", str(assets / "golden/llava_tiny"), "--target", str(tmp_path / "x")]
     assert "is no adapter; --format peft takes adapters only" in refused(
@@ -379,3 +390,15 @@ def test_xtuner_checkpoint_that_deepspeed_split(assets: Path, tmp_path: Path, co
     assert convert([*arguments, "--allow-pickle", "--verify"]) == 0
     converted = open_model(golden / "xtuner/converted", base=golden / "llava_tiny")[1]
     assert same(open_model(tmp_path / "x")[1], converted, torch.float32)
+
+
+def test_the_key_of_a_stopped_conversion_knows_every_part(assets: Path, tmp_path: Path) -> None:
+    """XTuner's adapters lie in folders of their own, and the tensors they change are named after the base's files."""
+    folder, base = tmp_path / "converted", assets / "golden/llava_tiny"
+    shutil.copytree(assets / "golden/xtuner/converted", folder)
+    state = open_model(folder, base=base, vision_tower=assets / "golden/clip-vit-tiny-patch14-336")[1]
+    before = weights.resume_key(state, [folder])
+    assert weights.resume_key(state, [folder]) == before
+    adapter = folder / "llm_adapter/adapter_model.safetensors"
+    os.utime(adapter, (0, 0))
+    assert weights.resume_key(state, [folder]) != before

@@ -20,11 +20,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from geochat.data.sample import Turn
 from geochat.data.templates import TEMPLATES, get_template
+from geochat.model.adapter import AdapterSpec, attach, save_adapter
 from geochat.model.base import BaseRecord
-from geochat.model.build import read_parts
+from geochat.model.build import build_model, read_parts
 from geochat.model.checkpoint import fingerprint, load, read_checkpoint
 from geochat.model.convert import differences, main
-from geochat.model.export_gguf import write_gguf
+from geochat.model.export_gguf import add_metadata, write_gguf
 from geochat.model.formats.gguf import gguf_name, gguf_template, pairs_together
 from geochat.model.formats.gguf_file import open_gguf
 from geochat.model.formats.gguf_read import read_text
@@ -55,16 +56,8 @@ def changed(file: Path, target: Path, values: dict[str, object], quantise: bool 
     writer = gguf.GGUFWriter(
         target, values.get("general.architecture", open_gguf(file).metadata["general.architecture"])
     )
-    for key, value in {**open_gguf(file).metadata, **values}.items():
-        if key == "general.architecture" or value is None:
-            continue
-        kinds = {
-            bool: writer.add_bool,
-            int: writer.add_uint32,
-            float: writer.add_float32,
-            str: writer.add_string,
-        }
-        kinds.get(type(value), writer.add_array)(key, value)
+    facts = {**open_gguf(file).metadata, **values, "general.architecture": None}
+    add_metadata(writer, {key: value for key, value in facts.items() if value is not None})
     for tensor in reader.tensors:
         if quantise and tensor.data.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -130,6 +123,23 @@ def test_a_language_model_where_a_folder_would_do(
         open_model(file)
     with pytest.raises(ValueError, match="has no vision tower; give its CLIP folder with --vision-tower"):
         read_parts(file)
+
+
+def test_an_adapter_on_a_pair_takes_the_tower_its_record_names(
+    pair: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """The record may name a CLIP folder beside the pair; attached and merged alike, that tower is the model's."""
+    plain, processor = build_model(pair, tiny_clip, image_size=84, dtype=torch.float32)
+    record = BaseRecord.of(pair, tiny_clip)
+    save_adapter(attach(plain, AdapterSpec(r=4, alpha=8)), processor, tmp_path / "a", base=record)
+    named, merged = read_parts(pair, tiny_clip, image_size=84, seed=None)[1], open_model(tmp_path / "a")[1]
+    attached = load(tmp_path / "a")[0].get_base_model().model.vision_tower.state_dict()
+    tower = [key for key in merged if key.startswith("vision_tower.")]
+    for key in tower:
+        assert torch.equal(merged[key].read(), named[key].read()), key
+        assert torch.equal(attached[key.removeprefix("vision_tower.vision_model.")], named[key].read()), key
+    own = open_model(pair)[1]
+    assert any(not torch.equal(own[key].read(), merged[key].read()) for key in tower)
 
 
 def test_the_projector_file_may_lie_elsewhere(pair: Path, tmp_path: Path) -> None:

@@ -76,6 +76,13 @@ def test_command_line_parses_to_its_recipe(name: str) -> None:
     assert sorted(named) == sorted(IGNORED | ALSO_IGNORED.get(name, set()))
 
 
+def test_lora_switched_off_switches_off_what_came_with_it() -> None:
+    words = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--use_cpu", "True"]
+    legacy = ["--lora_enable", "False", "--mm_projector_lr", "2e-5", "--lazy_preprocess", "True"]
+    model, _, args = parse_arguments([*words, *legacy])
+    assert (args.lora_enable, model.tune_mm_mlp_adapter) == (False, False)
+
+
 @pytest.mark.parametrize("spelling", [["8", "16", "24"], ["8,16,24"], ["[8, 16, 24]"], ["[8,16,24]"]])
 def test_lists_of_states_in_every_spelling(spelling: list[str]) -> None:
     words = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]

@@ -74,6 +74,7 @@ def read_pictures(
     """
     categories = _categories(content, file)
     names: dict[Any, tuple[str, str]] = {}
+    files: set[str] = set()
     for row, image in enumerate(content["images"]):
         where = f"{file}: images[{row}]"
         name = image.get("file_name")
@@ -85,6 +86,9 @@ def read_pictures(
             raise ValueError(f"{where}: {error}") from None
         if image["id"] in names:
             raise ValueError(f'{where}: "id" {image["id"]!r} is that of {names[image["id"]][0]}, too')
+        if name in files:
+            raise ValueError(f'{where}: "file_name" {name} stands there twice; merge the two rows')
+        files.add(name)
         names[image["id"]] = (name, where)
     objects: dict[Any, list[LabelledObject]] = {identity: [] for identity in names}
     for row, annotation in enumerate(content["annotations"]):

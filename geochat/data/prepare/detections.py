@@ -139,10 +139,15 @@ def _shown(picture: Picture, settings: Settings) -> Iterator[tuple[Rectangle, Pi
     if not settings.window:
         yield (0, 0, picture.width, picture.height), picture
         return
-    stem = picture.name.rpartition(".")[0] or picture.name
+    stem = _stem(picture.name)
     for rectangle in windows(picture.width, picture.height, settings.window, settings.overlap):
         name = f"{stem}__{'_'.join(map(str, rectangle))}.{settings.format}"
         yield rectangle, cut(picture, rectangle, name, settings.visible)
+
+
+def _stem(name: str) -> str:
+    """What the names of a picture's windows begin with."""
+    return name.rpartition(".")[0] or name
 
 
 def _record(name: str, number: int, talk: Sequence[Question]) -> dict[str, Any]:
@@ -193,7 +198,7 @@ def convert(
     if settings.window:
         stems: dict[str, str] = {}
         for picture in pictures:
-            if (other := stems.setdefault(picture.name.rpartition(".")[0], picture.name)) != picture.name:
+            if (other := stems.setdefault(_stem(picture.name), picture.name)) != picture.name:
                 raise ValueError(f"windows of {other} and {picture.name} would have one name; rename one")
     folder = settings.output / "images" if settings.window else settings.output
     with only_writer(folder):

@@ -93,7 +93,11 @@ def in_sequence(paths: Sequence[Path]) -> list[Path]:
     stems = sorted({name[:-2] for name in found})
     if len(stems) > 1:
         raise ValueError(f"parts of two archives: {stems[0]}* and {stems[1]}*; unpack one after the other")
-    if len(paths) == 1 and not paths[0].name.endswith("aa") and _is_zip(paths[0]):
+    if (
+        len(paths) == 1
+        and not paths[0].name.endswith("aa")
+        and (paths[0].suffix == ".zip" or _is_zip(paths[0]))
+    ):
         return list(paths)  # a whole archive whose name happens to end in two letters
     ordered = [found[name] for name in sorted(found)]
     for number, path in enumerate(ordered):

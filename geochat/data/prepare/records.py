@@ -55,7 +55,8 @@ def held_out(names: Sequence[str], share: float, seed: int) -> set[str]:
         raise ValueError(f"--val-share {share}: {len(names)} picture cannot be split; leave --val-share out")
     count = min(len(names) - 1, max(1, round(share * len(names))))
     order = np.random.default_rng(seed).permutation(len(names))
-    return {sorted(names)[i] for i in order[:count]}
+    ordered = sorted(names)
+    return {ordered[i] for i in order[:count]}
 
 
 def write_split(

@@ -62,15 +62,16 @@ class Unpacker:
             return
         name = PurePosixPath(*path.parts[self.strip :]).as_posix()
         target = self.folder / name
-        seen = name in self._from
-        twin = self._from.setdefault(name, len(self._shards) - 1)
+        twin = self._from.get(name)
+        seen = twin is not None
         content = tar.extractfile(member)
         assert content is not None  # an ordinary file
         if _is_there(target, member, content, compare=self.recheck or seen):
             self.counts.twins += seen
             self.counts.present += not seen
+            self._from.setdefault(name, len(self._shards) - 1)
             return
-        if seen:
+        if twin is not None:
             raise ValueError(
                 f"{self._shards[twin]} and {self._shards[-1]} hold different files named {name}; "
                 "unpack one of them into another folder"
@@ -81,6 +82,7 @@ class Unpacker:
             while block := content.read(BLOCK):
                 out.write(block)
         self.counts.written += 1
+        self._from[name] = len(self._shards) - 1
 
 
 @contextmanager

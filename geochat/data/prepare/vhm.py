@@ -10,12 +10,13 @@ import argparse
 import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from geochat.data.prepare.listing import add_check_options, check_listing, count_by_folder, images_named
+from geochat.data.prepare.listing import add_check_options, check_listing, images_named
 from geochat.data.prepare.safety import check_room, only_writer
 from geochat.data.prepare.untar import unpack_shards
 from geochat.data.prepare.unzip import Counts
@@ -145,7 +146,7 @@ def unmatched(base: Path, images: list[str]) -> list[str]:
     """One line for every data set of the list that has no folder, with the folder that may be meant."""
     present = [entry.name for entry in os.scandir(base) if entry.is_dir()]
     lines = []
-    for name, count in sorted(count_by_folder([image.split("/")[0] + "/" for image in images]).items()):
+    for name, count in sorted(Counter(image.split("/")[0] for image in images).items()):
         if name not in present:
             alike = difflib.get_close_matches(name.lower(), [folder.lower() for folder in present], 1)
             meant = next((folder for folder in present if alike and folder.lower() == alike[0]), None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,17 @@ class Adapter:
     where: str
     updates: dict[str, Update]
     replaced: State
+
+    def to(self, dtype: torch.dtype | None) -> Adapter:
+        """The same adapter with its matrices rounded to `dtype` when they are read (None: as stored)."""
+        updates = {
+            key: replace(
+                update, a=update.a.to(dtype), b=update.b.to(dtype),
+                magnitude=update.magnitude.to(dtype) if update.magnitude else None,
+            )
+            for key, update in self.updates.items()
+        }  # fmt: skip
+        return Adapter(self.where, updates, {key: entry.to(dtype) for key, entry in self.replaced.items()})
 
     def applied(self, state: State) -> State:
         """The base's table with updates and replacements made when a tensor is read.
