@@ -32,13 +32,19 @@ from geochat.model.formats.gguf_file import is_gguf
 
 
 def evaluate(
-    chat: Chat, benchmark: Benchmark, questions: Sequence[Row], image_folder: Path, batch_size: int = 16
+    chat: Chat,
+    benchmark: Benchmark,
+    questions: Sequence[Row],
+    image_folder: Path,
+    batch_size: int = 16,
+    limit: int | None = None,
 ) -> Scores:
-    """Scores without files: validation during training."""
-    items = collect(benchmark, questions, image_folder)
+    """Scores without files: validation during training. `limit`: ask only the first questions."""
+    items = collect(benchmark, questions, image_folder, limit)
     parts = ask(chat, benchmark, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
     rows = [row for part in parts for row in part]
-    return summarise(judge(rows, benchmark), benchmark, total=len(questions))
+    total = len(questions) if limit is None else len(items)
+    return summarise(judge(rows, benchmark), benchmark, total=total)
 
 
 def run(arguments: argparse.Namespace) -> Scores:
