@@ -160,6 +160,34 @@ def test_the_order_is_the_same_on_any_number_of_processes(processor, mixture: Pa
 
 # ---- whole runs ----
 
+
+def test_a_plan_counts_each_dataset(flags, mixture: Path, tmp_path: Path, capsys) -> None:
+    flags[flags.index("--data_path") + 1] = str(mixture)
+    written = tmp_path / "plan.json"
+    main([*flags, "--dry_run", "True", "--plan_json", str(written), "--output_dir", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "· second  7 samples of 3 rows, weight 2.3, 58.3% of all" in said
+    plan = json.loads(written.read_text())
+    assert plan["rows"] == 12
+    shares = plan["token_shares"]
+    assert f"tokens of second  {shares['second']:.1%}" in said
+    assert sum(shares.values()) == pytest.approx(1)
+    main(
+        [
+            *flags,
+            "--dry_run",
+            "True",
+            "--val_share",
+            "0.4",
+            "--eval_steps",
+            "5",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
+    assert "validation  " in capsys.readouterr().out
+
+
 WAYS = ["--share_image_prefix", "True", "--packing", "True", "--max_tokens_per_micro_batch", "300",
         "--group_by_modality_length", "True"]  # fmt: skip
 

@@ -54,7 +54,7 @@ def benchmark(tiny_records, tmp_path: Path) -> Path:
 def more(benchmark: Path, tiny_records) -> list[str]:
     """Flags that ask for everything there is to validate."""
     return ["--eval_data_path", str(tiny_records.file), "--eval_steps", "3", "--eval_benchmark", str(benchmark),
-            "--eval_dialogues", "3"]  # fmt: skip
+            "--eval_dialogues", "1"]  # fmt: skip
 
 
 def test_what_a_validation_leaves(flags, more, tmp_path: Path) -> None:
@@ -79,7 +79,6 @@ def test_what_a_validation_leaves(flags, more, tmp_path: Path) -> None:
         folder = watched / f"validation/step-{step}"
         asked = read_rows(folder / "dialogues.jsonl")
         assert {"images", "question", "truth", "answer"} == set(asked[0])
-        assert len({tuple(row["images"]) for row in asked} | {row["question"] for row in asked}) >= 3
         assert "data:image/jpeg" in (folder / "index.html").read_text()
     assert (watched / "loss.png").stat().st_size > (plain / "loss.png").stat().st_size
 
@@ -118,7 +117,19 @@ def test_scores_alone_in_bfloat16_and_the_best_model(
 
 
 def test_a_share_is_held_out_and_named(flags, tmp_path: Path, capsys) -> None:
-    run = [*flags, "--val_share", "0.3", "--eval_steps", "3", "--max_steps", "3", "--save_strategy", "no"]
+    run = [
+        *flags,
+        "--val_share",
+        "0.3",
+        "--eval_steps",
+        "3",
+        "--eval_dialogues",
+        "1",
+        "--max_steps",
+        "3",
+        "--save_strategy",
+        "no",
+    ]
     main([*run, "--output_dir", str(tmp_path / "run")])
     said = capsys.readouterr().out
     held_out = int(said.split("validation  ")[1].split(" ")[0])
@@ -133,7 +144,7 @@ def test_a_share_is_held_out_and_named(flags, tmp_path: Path, capsys) -> None:
 
 
 def test_what_cannot_be_validated_is_said_at_the_start(
-    flags, benchmark: Path, tmp_path: Path, refused
+    flags, benchmark: Path, tmp_path: Path, refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = [*flags, "--output_dir", str(tmp_path / "run")]
 
@@ -151,6 +162,7 @@ def test_what_cannot_be_validated_is_said_at_the_start(
     rows = [{"question_id": 1, "image": "gone.png", "task": "scene", "text": "?", "ground_truth": "a"}]
     write_rows(tmp_path / "questions.jsonl", rows)
     assert "gone.png" in error(*scored, str(benchmark))
+    monkeypatch.setenv("RANK", "0")
     assert "goes neither with" in error("--load_best_model_at_end", "True", "--fsdp", "True")
 
 
