@@ -102,6 +102,7 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     drawn_from = data_record(train_set.library.sources, data_args, args)
     if resume is not None:
         args.notes += compare_data(resume, drawn_from, allow_changed=args.allow_changed_data)
+    validation = make_validation(eval_set, processor, args)
     if args.process_index == 0:
         say(arguments, describe(model, processor, arguments, train_set, eval_set), resume)
     trainer = Trainer(
@@ -114,7 +115,7 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
         # transformers takes an empty dictionary for validation without a loss.
         eval_dataset={} if eval_set is None and args.eval_benchmark else eval_set,
         data_record=drawn_from,
-        validation=make_validation(eval_set, processor, args),
+        validation=validation,
         callbacks=[LossCurve(Path(args.output_dir))],
     )
     return trainer, resume
