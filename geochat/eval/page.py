@@ -23,8 +23,8 @@ th:first-child, td:first-child { text-align: left; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem; margin: 1rem 0; }
 .panels { display: flex; gap: .8rem; flex-wrap: wrap; }
 figure { margin: 0; flex: 1 1 240px; max-width: 400px; }
-figure img, .plot { width: 100%; height: auto; border-radius: 4px; }
-.plot { display: block; max-width: 860px; margin: 1rem 0; background: #fff; }
+figure img { width: 100%; height: auto; border-radius: 4px; }
+.plot { display: block; max-width: min(100%, 860px); margin: 1rem 0; border-radius: 4px; background: #fff; }
 figcaption { font-size: 13px; overflow-wrap: anywhere; white-space: pre-wrap; }
 .question { font-weight: 600; overflow-wrap: anywhere; white-space: pre-wrap; }
 .right { color: var(--good); } .wrong { color: var(--bad); } .note { opacity: .75; }
@@ -57,6 +57,12 @@ def heading(text: str) -> str:
 
 def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
+
+
+def links(targets: Sequence[tuple[str, str]]) -> str:
+    """Names and the pages that they lead to."""
+    entries = "".join(f'<li><a href="{escape(target)}">{escape(name)}</a></li>' for name, target in targets)
+    return f"<ul>{entries}</ul>"
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
