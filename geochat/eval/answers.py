@@ -54,7 +54,8 @@ def collect(
         where = f"{benchmark.name}: question {question['question_id']}"
         if (row := benchmark.prepare(question, where)) is None:
             continue
-        image = image_folder / benchmark.image_of(row, where) if benchmark.image else None
+        name = benchmark.image_of(row, where)
+        image = image_folder / name if name else None
         # Beside an answer, `text` are the model's words and `answer` would be mistaken for them.
         columns = {
             "expected" if key == "answer" else key: value for key, value in question.items() if key != "text"

@@ -1,37 +1,29 @@
-"""Score a file of answers: no torch, no images, no network.
+"""Score a file of answers: no torch, no network.
 
-    python -m geochat.eval.score ANSWERS.jsonl --benchmark NAME|FILE.toml [--questions FILE] [--iou hbb] [--output DIR]
+    python -m geochat.eval.score ANSWERS.jsonl --benchmark NAME|FILE.toml [--questions FILE] [--output DIR]
 
-Reads the answers that `geochat.eval.run` writes, and the original programs' answer files (`answer` or `text` holds the
-words). Truth comes with the answers, or by `question_id` from the question file; with a question file, a question
-without an answer counts as failed.
+Reads the answers that `geochat.eval.run` writes, and those of GeoChat, LLaVA, RSEvalKit and XTuner. Truth comes with the
+answers, or by `question_id` from the question file; with a question file, a question without an answer counts as failed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from geochat.errors import stop
+from geochat.eval.answer_files import answer_text, read_answers
 from geochat.eval.benchmark import Benchmark, index_by_id
-from geochat.eval.files import Row, read_rows, write_json, write_rows, write_text
-from geochat.eval.metrics import IOU_MODES, METRICS, IouMode, Question, Summary, bare
+from geochat.eval.captions import meteor_variant
+from geochat.eval.checks import notes
+from geochat.eval.files import Row, write_json, write_rows, write_text
+from geochat.eval.labels import bare
+from geochat.eval.metrics import MATCHES, METRICS
+from geochat.eval.verdicts import IOU_MODES, IouMode, Question, Summary
 
 Scores = dict[str, Any]
-
-
-def answer_text(row: Row, where: str) -> str:
-    """The model's words: `text` where a `prompt` stands beside it (ours, LLaVA's), else `answer` (GeoChat's)."""
-    key = "answer" if "answer" in row and "prompt" not in row else "text"
-    if key not in row:
-        raise ValueError(f"{where}: the row has neither `answer` nor `text`")
-    if row[key] is None:
-        return ""  # the question could not be asked; counted as failed
-    if not isinstance(row[key], str):
-        raise ValueError(f"{where}: {key} must be a string, not {type(row[key]).__name__}")
-    return row[key]
 
 
 def join(answers: list[Row], questions: list[Row], source: str) -> list[Row]:
@@ -47,42 +39,53 @@ def join(answers: list[Row], questions: list[Row], source: str) -> list[Row]:
     for key, question in asked.items():
         words = answer_text(given[key], f"{source}: {key}") if key in given else None
         columns = {name: value for name, value in question.items() if name not in ("text", "answer")}
-        rows.append({**given.get(key, {}), **columns, "prompt": "", "text": words})
+        prompt = question.get("text", "")
+        rows.append({"prompt": prompt, **given.get(key, {}), **columns, "text": words})
     return rows
 
 
 def judge(
-    rows: list[Row], benchmark: Benchmark, iou: IouMode = "rotated", source: str = "answers"
+    rows: list[Row],
+    benchmark: Benchmark,
+    iou: IouMode = "rotated",
+    source: str = "answers",
+    instead: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """One verdict per row that counts: question_id, task, metric, strata and the metric's own fields."""
+    """One verdict per row that counts: question_id, task, metric, strata and the metric's own fields.
+
+    `instead`: metrics to use in place of others; the key "" stands for all.
+    """
     index_by_id(rows, source)
-    kept: list[tuple[Row, str, str, Any]] = []
+    kept: list[tuple[Row, str, str, str, Any]] = []
     labels: dict[str, set[str]] = {}
     for given in rows:
         where = f"{source}: question {given['question_id']}"
         if (row := benchmark.prepare(given, where)) is None:
             continue
         task = str(row[benchmark.metric.column]) if benchmark.metric.column in row else benchmark.name
+        metric = benchmark.metric.of(row, where)
         column = benchmark.truth.of(row, where)
-        if row.get(column) is None:
+        truth = row.get(column)
+        if truth is None and METRICS[metric].needs_truth:
             raise ValueError(
                 f"{where}: no truth in column {column!r}; give the question file with --questions"
             )
-        kept.append((row, where, task, row[column]))
-        if isinstance(row[column], str):
-            labels.setdefault(_group(benchmark, row, task), set()).add(bare(row[column]))
+        kept.append((row, where, task, metric, truth))
+        named = map(bare, METRICS[metric].labels_of(truth))
+        labels.setdefault(_group(benchmark, row, task), set()).update(named)
+    groups = {name: frozenset(found) for name, found in labels.items()}
+    instead = instead or {}
     judged = []
-    for row, where, task, truth in kept:
-        name = benchmark.metric.of(row, where)
-        group = frozenset(labels.get(_group(benchmark, row, task), ()))
-        question = Question(truth, _size(benchmark, row, where), group, iou)
+    for row, where, task, metric, truth in kept:
+        name = instead.get(metric) or instead.get("") or metric
+        group = groups[_group(benchmark, row, task)]
+        question = Question(truth, _size(benchmark, row, where), group, iou, row)
         try:
             verdict = METRICS[name].judge(answer_text(row, where), question)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        strata = {s: row[s] for s in benchmark.strata if s in row}
-        if "ious" in verdict:
-            strata.setdefault("objects", {0: "none", 1: "single"}.get(len(verdict["ious"]), "multi"))
+        own = verdict.pop("strata", {})
+        strata = own | {s: row[s] for s in benchmark.strata if s in row}
         judged.append({"question_id": row["question_id"], "task": task, "metric": name, **strata, **verdict})
     return judged
 
@@ -93,14 +96,11 @@ def summarise(judged: list[Row], benchmark: Benchmark, *, total: int, iou: IouMo
     for task in dict.fromkeys(row["task"] for row in judged):
         verdicts = [row for row in judged if row["task"] == task]
         metric = METRICS[verdicts[0]["metric"]]
-        strata: dict[str, dict[str, Summary]] = {}
-        for column in benchmark.strata:
-            values = sorted({str(v[column]) for v in verdicts if column in v})
-            if values:
-                strata[column] = {
-                    value: metric.summarise([v for v in verdicts if str(v.get(column)) == value])
-                    for value in values
-                }
+        strata = {
+            column: {value: metric.summarise(group) for value, group in sorted(groups.items())}
+            for column in benchmark.strata
+            if (groups := _grouped(verdicts, column))
+        }
         tasks[task] = {
             "metric": verdicts[0]["metric"],
             "headline": metric.headline,
@@ -116,6 +116,8 @@ def summarise(judged: list[Row], benchmark: Benchmark, *, total: int, iou: IouMo
     }
     if any(task["metric"] == "boxes" for task in tasks.values()):
         scores["iou"] = iou
+    if any("meteor" in task["overall"] for task in tasks.values()):
+        scores["meteor"] = meteor_variant()
     return scores
 
 
@@ -147,12 +149,14 @@ def markdown(rows: list[list[str]]) -> str:
 def headline(scores: Scores) -> str:
     parts = [f"{scores['excluded']} excluded"] if scores["excluded"] else []
     parts += [f"{scores['iou']} IoU"] if "iou" in scores else []
+    parts += [f"METEOR: {scores['meteor']}"] if "meteor" in scores else []
     return f"{scores['benchmark']}: {scores['n']} questions" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def table(scores: Scores) -> str:
-    """The scores as Markdown."""
-    return "\n".join([f"# {headline(scores)}\n", *map(markdown, sections(scores))])
+    """The scores as Markdown, below them what `geochat.eval.checks` noted."""
+    noted = [f"- {note}\n" for note in scores.get("notes", [])]
+    return "\n".join([f"# {headline(scores)}\n", *map(markdown, sections(scores)), *noted])
 
 
 def write_scores(folder: Path, scores: Scores, judged: list[Row]) -> None:
@@ -164,28 +168,56 @@ def write_scores(folder: Path, scores: Scores, judged: list[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m geochat.eval.score", description=__doc__.split("\n")[0])
-    parser.add_argument("answers", type=Path, help="answers, one JSON object per line")
+    parser.add_argument("answers", type=Path, help="answers: JSON Lines, a JSON array or XTuner's .xlsx")
     parser.add_argument("--benchmark", required=True, help="name of a benchmark or a .toml file")
     parser.add_argument(
         "--questions", type=Path, help="question file, where the answers do not carry the truth"
     )
+    parser.add_argument("--image-folder", type=Path, help="check that the pictures are there")
     parser.add_argument(
         "--iou", choices=IOU_MODES, default="rotated", help="hbb: of the horizontal envelopes"
     )
+    parser.add_argument("--match", choices=MATCHES, help="match boxes as this program did, faults included")
+    parser.add_argument("--scorer", help="score as this program did, faults included: rsevalkit, xtuner")
     parser.add_argument("--output", type=Path, help="folder for scores.json, scores.md and samples.jsonl")
     arguments = parser.parse_args(argv)
     try:
-        benchmark = Benchmark.load(arguments.benchmark)
-        rows = read_rows(arguments.answers)
-        if arguments.questions:
-            rows = join(rows, benchmark.read_questions(arguments.questions), str(arguments.answers))
-        judged = judge(rows, benchmark, arguments.iou, str(arguments.answers))
-        scores = summarise(judged, benchmark, total=len(rows), iou=arguments.iou)
-        if arguments.output:
-            write_scores(arguments.output, scores, judged)
-    except (ValueError, OSError) as error:
+        scores = _score(arguments)
+    except (ValueError, OSError, ImportError) as error:
         stop(error)
     print(table(scores))
+
+
+def _score(arguments: argparse.Namespace) -> Scores:
+    benchmark = Benchmark.load(arguments.benchmark)
+    rows = read_answers(arguments.answers, benchmark)
+    if arguments.questions:
+        rows = join(rows, benchmark.read_questions(arguments.questions), str(arguments.answers))
+    judged = judge(rows, benchmark, arguments.iou, str(arguments.answers), _instead(benchmark, arguments))
+    scores = summarise(judged, benchmark, total=len(rows), iou=arguments.iou)
+    scores["notes"] = notes(rows, benchmark, arguments.image_folder)
+    if arguments.output:
+        write_scores(arguments.output, scores, judged)
+    return scores
+
+
+def _instead(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, str]:
+    instead = {"boxes": MATCHES[arguments.match]} if arguments.match else {}
+    if arguments.match and "boxes" not in benchmark.metric.values():
+        raise ValueError(f"--match is for boxes; {benchmark.name} has none")
+    if arguments.scorer and arguments.scorer not in benchmark.scorers:
+        raise ValueError(
+            f"{benchmark.name} has no scorer {arguments.scorer!r}; known: {', '.join(benchmark.scorers) or 'none'}"
+        )
+    return instead | ({"": benchmark.scorers[arguments.scorer]} if arguments.scorer else {})
+
+
+def _grouped(verdicts: Sequence[Row], column: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for verdict in verdicts:
+        if column in verdict:
+            groups.setdefault(str(verdict[column]), []).append(verdict)
+    return groups
 
 
 def _group(benchmark: Benchmark, row: Row, task: str) -> str:

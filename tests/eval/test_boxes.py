@@ -1,126 +1,16 @@
-"""Scorers against hand-counted cases, and against properties that must hold for any boxes."""
+"""Boxes: matching, IoU against shapely and against pixels, figures counted by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geochat.data.boxes import Box
-from geochat.eval.metrics import (
-    METRICS,
-    NUMBER_WORDS,
-    Question,
-    judge_boxes,
-    judge_count,
-    judge_exact,
-    judge_word,
-    labels_in,
-    match_boxes,
-    parse_count,
-    squeeze,
-    truth_polygons,
-    wilson,
-)
-
-YES_NO = frozenset({"yes", "no"})
-SCENES = frozenset({"denseresidential", "river", "park", "parking"})
-
-
-@pytest.mark.parametrize(
-    ("answer", "truth", "labels", "strict", "lenient", "parsed"),
-    [
-        ("Yes", "yes", YES_NO, True, True, True),
-        ("yes.", "yes", YES_NO, True, True, True),
-        ("Dense Residential", "DenseResidential", SCENES, True, True, True),
-        ("It is a dense residential area.", "DenseResidential", SCENES, False, True, True),
-        ("Yes, there is a road.", "yes", YES_NO, False, True, True),
-        ("No, there is not", "yes", YES_NO, False, False, True),
-        ("yes or no", "yes", YES_NO, False, False, True),
-        ("", "yes", YES_NO, False, False, False),
-        (" . ", "yes", YES_NO, False, False, False),
-        ("y", "yes", YES_NO, False, False, False),
-        ("unknown", "no", YES_NO, False, False, False),  # "no" inside a word is no answer
-        ("parking", "park", SCENES, False, False, True),
-        ("two", "2", frozenset({"1", "2"}), False, True, True),
-        ("there are 2 ships", "2", frozenset({"1", "2"}), False, True, True),
-        ("12", "2", frozenset({"1", "2"}), False, False, False),
-    ],
-)
-def test_exact_match(answer, truth, labels, strict, lenient, parsed) -> None:
-    verdict = judge_exact(answer, Question(truth, labels=labels))
-    assert (verdict["correct"], verdict["lenient"], verdict["parsed"]) == (strict, lenient, parsed)
-
-
-@given(st.text())
-def test_an_empty_answer_is_never_right(truth: str) -> None:
-    for empty in ("", " ", ".", "\n"):
-        verdict = judge_exact(empty, Question(truth, labels=frozenset({truth})))
-        assert not verdict["correct"]
-        assert not verdict["lenient"] or squeeze(truth) == squeeze(empty) != ""
-        assert not judge_word(empty, Question(truth))["correct"]
-
-
-@given(st.text(), st.text())
-def test_strict_implies_lenient_and_parsed(answer: str, truth: str) -> None:
-    verdict = judge_exact(answer, Question(truth))
-    assert not verdict["correct"] or (verdict["lenient"] and verdict["parsed"])
-
-
-def test_labels_are_whole_words_and_the_longest_wins() -> None:
-    labels = {"ship", "cargoship", "storagetank"}
-    assert labels_in("two cargo ships", labels) == set()
-    assert labels_in("a Cargo-ship beside a storage tank", labels) == {"cargoship", "storagetank"}
-    assert labels_in("1,000 of twenty one", {"1000", "21", "1"}) == {"1000", "21"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "word", "right"),
-    [
-        ("1 gray ship at the left", "ship", True),
-        ("<p>1 gray ship</p>", "ship", True),
-        ("a storagetank", "storage tank", True),
-        ("ships", "ship", False),
-        ("spaceship", "ship", False),
-        ("", "ship", False),
-    ],
-)
-def test_class_word(answer: str, word: str, right: bool) -> None:
-    assert judge_word(answer, Question(word))["correct"] is right
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("3", 3), ("There are 12 ships.", 12), ("1,000", 1000), ("2.5 m", 2.5), ("twenty-one", 21), ("Twenty one", 21),
-        ("zero", 0), ("no ships", 0), ("none", 0), ("nineteen or 4", 4), ("north", None), ("", None), ("many", None),
-    ],
-)  # fmt: skip
-def test_parse_count(text: str, number: float | None) -> None:
-    assert parse_count(text) == number
-
-
-def test_number_words_are_complete() -> None:
-    assert sorted(NUMBER_WORDS.values()) == list(range(100))
-
-
-def test_count_keeps_failures() -> None:
-    verdicts = [judge_count(answer, Question(4)) for answer in ("4", "six", "", "a few")]
-    summary = METRICS["count"].summarise(verdicts)
-    assert (summary["n"], summary["parsed"], summary["failed"]) == (4, 2, 2)
-    assert summary["accuracy"] == 0.25
-    assert summary["mean_absolute_error"] == 1.0
-
-
-def test_wilson() -> None:
-    low, high = wilson(1774, 2100)
-    assert (low, high) == (pytest.approx(0.8287, abs=1e-4), pytest.approx(0.8596, abs=1e-4))
-    assert wilson(0, 0) is None
-    assert wilson(0, 10)[0] == 0.0
-
-
-# -- boxes
+from geochat.eval.boxes import judge_boxes, judge_permille, match_boxes, truth_polygons
+from geochat.eval.metrics import METRICS
+from geochat.eval.verdicts import Question
 
 
 def square(x: float, y: float, side: float = 10.0) -> np.ndarray:
@@ -183,7 +73,7 @@ def test_boxes_summary_counted_by_hand() -> None:
 
 def test_nothing_to_find() -> None:
     verdict = judge_boxes("An empty desert.", Question([], (10, 10)))
-    assert verdict == {"parsed": True, "predicted": 0, "ious": []}
+    assert (verdict["parsed"], verdict["predicted"], verdict["ious"]) == (True, 0, [])
     summary = METRICS["boxes"].summarise([verdict])
     assert summary["recall@0.5"] is None
     assert summary["failed"] == 0
@@ -220,3 +110,64 @@ def test_box_figures_stay_in_range_and_perfect_is_perfect(truth: list[Box], pred
     shares = [value for key, value in summary.items() if "@" in key or key == "mean_iou"]
     assert all(value is None or 0 <= value <= 1 for value in shares)
     assert sum(iou > 0 for iou in verdict["ious"]) <= len(predicted)
+
+
+@settings(max_examples=40)
+@given(boxes, boxes)
+def test_iou_is_that_of_counted_pixels(a: Box, b: Box) -> None:
+    # Cell centres of a grid twice as fine as the image; its error is bounded by the cells that edges cross.
+    side, cells = 100, 200
+    centres = (np.arange(cells * 2) + 0.5) * side / cells - side / 2
+    x, y = np.meshgrid(centres, centres)
+    first, second = inside(a, x, y), inside(b, x, y)
+    shared, union = np.count_nonzero(first & second), np.count_nonzero(first | second)
+    around = sum(2 * (abs(box.x2 - box.x1) + abs(box.y2 - box.y1)) for box in (a, b)) * cells / side
+    error = 1.5 * around / union
+    assert abs(a.iou(b, side, side) - shared / union) <= error
+
+
+def inside(box: Box, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points lie in a box of an image of 100 pixels: turned back, they lie in the upright one."""
+    angle = np.radians(box.angle)
+    dx, dy = x - (box.x1 + box.x2) / 2, y - (box.y1 + box.y2) / 2
+    u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    return (abs(u) <= (box.x2 - box.x1) / 2) & (abs(v) <= (box.y2 - box.y1) / 2)
+
+
+@given(st.text(alphabet="{}<>|[](),.-0123456789 deli", max_size=60))
+def test_any_answer_gets_a_verdict(answer: str) -> None:
+    for judge, truth in ((judge_boxes, square(1, 1).tolist()), (judge_permille, [1, 1, 9, 9])):
+        verdict = judge(answer, Question(truth, (100, 80)))
+        assert len(verdict["ious"]) == 1
+        assert verdict["parsed"] == (verdict["predicted"] > 0)
+
+
+# -- VHM's upright boxes
+
+
+def test_thousandths_against_pixels() -> None:
+    wide = Question("[[100, 40, 200, 80]]", (1000, 400))
+    assert judge_permille("[[100, 100, 200, 200]]", wide)["ious"] == [1.0]
+    assert judge_permille("[[100, 40, 200, 80]]", wide)["ious"][0] < 0.2  # width and height are not exchanged
+    assert judge_permille("(100, 100, 200, 200)", Question([100, 40, 200, 80], (1000, 400)))["ious"] == [1.0]
+
+
+def test_an_answer_of_too_few_numbers_is_a_miss_and_not_the_last_answer_again() -> None:
+    question = Question("[10, 10, 30, 30]", (100, 100))
+    verdicts = [judge_permille(text, question) for text in ("[100, 100, 300, 300]", "[[1, 2, 3]]", "none")]
+    summary = METRICS["boxes_permille"].summarise(verdicts)
+    assert (summary["failed"], summary["recall@0.5"]) == (2, pytest.approx(1 / 3))
+
+
+def test_areas_are_those_of_the_true_box() -> None:
+    for side, name in ((32, "S"), (33, "M"), (96, "M"), (97, "L")):
+        verdict = judge_permille("", Question([0, 0, side, side], (800, 800)))
+        assert verdict["strata"] == {"objects": "single", "area": name}
+    assert METRICS["boxes_permille"].summarise([])["recall@0.5"] is None
+
+
+def test_a_truth_that_is_no_box_is_named() -> None:
+    with pytest.raises(ValueError, match="holds no box"):
+        judge_permille("", Question("somewhere", (8, 8)))
+    with pytest.raises(ValueError, match="width and height"):
+        judge_permille("", Question([1, 2, 3, 4]))
