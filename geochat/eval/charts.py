@@ -28,7 +28,7 @@ def score_bars(names: Sequence[str], groups: Sequence[tuple[str, Sequence[Measur
         drawn = axes.bar(places, heights, width * 0.92, yerr=error, label=name, capsize=2, ecolor="#0008")
         axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)
     axes.set_xticks(range(len(groups)), [label for label, _ in groups], fontsize=8)
-    axes.set(ylim=(0, 109), ylabel="%")
+    axes.set(ylim=(0, max(109, axes.get_ylim()[1])), ylabel="%")
     return _png(figure, axes, names)
 
 
@@ -43,7 +43,7 @@ def strata_bars(names: Sequence[str], groups: Sequence[tuple[str, Sequence[Measu
     counts = [max(measure.n for measure in measures) for _, measures in groups]
     labels = [f"{label} (n = {count})" for (label, _), count in zip(groups, counts, strict=True)]
     axes.set_yticks(range(len(groups)), labels, fontsize=8)
-    axes.set(xlim=(0, 100), xlabel="%", ylim=(len(groups) - 0.4, -0.6))
+    axes.set(xlim=(0, max(100, axes.get_xlim()[1])), xlabel="%", ylim=(len(groups) - 0.4, -0.6))
     return _png(figure, axes, names)
 
 

@@ -10,14 +10,17 @@ of the gain draws questions about one picture together.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from geochat.errors import stop
 from geochat.eval.benchmark import index_by_id
 from geochat.eval.files import Row, read_json, read_rows
-from geochat.eval.intervals import interval, mcnemar, paired, parts
+from geochat.eval.intervals import figure_of, grades, interval, mcnemar, paired, sums
 from geochat.eval.metrics import METRICS
 from geochat.eval.score import Scores, cell, markdown
 
@@ -51,11 +54,17 @@ class Run:
     def of_task(self, task: str) -> dict[str, Row]:
         return {key: verdict for key, verdict in self.verdicts.items() if verdict["task"] == task}
 
-    def interval(self, task: str, keys: Sequence[str]) -> tuple[float, float] | None:
-        """95 % of the task's headline figure over these questions."""
-        figure = self.scores["tasks"][task]["headline"]
-        sums = [parts(self.verdicts[key], figure) for key in keys]
-        return interval(sums, [self.picture(key) for key in keys])
+    def sums(self, task: str, keys: Sequence[str]) -> np.ndarray:
+        """Of the task's headline figure over these questions; see geochat.eval.intervals."""
+        return sums([self.verdicts[key] for key in keys], self.scores["tasks"][task]["headline"])
+
+    def interval(self, task: str, keys: Sequence[str], value: float | None) -> tuple[float, float] | None:
+        """95 % of the task's headline figure, which is `value` over these questions. None for a figure that is no
+        ratio of sums over questions."""
+        parts = self.sums(task, keys)
+        if value is None or not math.isclose(float(figure_of(parts.sum(axis=0))), value, rel_tol=1e-6):
+            return None
+        return interval(parts, [self.picture(key) for key in keys])
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,11 @@ def pair(first: Run, second: Run) -> list[Pair]:
 
 
 def _pair(first: Run, second: Run, task: str, figure: str, keys: list[str]) -> Pair:
-    sums = [[parts(run.verdicts[key], figure) for key in keys] for run in (first, second)]
-    gain, p = paired(*sums, [first.picture(key) for key in keys])
-    grades = [[above / below if below else 0.0 for above, below in run] for run in sums]
-    better = [key for key, a, b in zip(keys, *grades, strict=True) if b > a]
-    worse = [key for key, a, b in zip(keys, *grades, strict=True) if b < a]
+    parts = [run.sums(task, keys) for run in (first, second)]
+    gain, p = paired(parts[0], parts[1], [first.picture(key) for key in keys])
+    graded = [grades(one, figure) for one in parts]
+    better = [key for key, a, b in zip(keys, *graded, strict=True) if b > a]
+    worse = [key for key, a, b in zip(keys, *graded, strict=True) if b < a]
     test = "bootstrap"
     if figure == "accuracy":
         p, test = mcnemar(len(worse), len(better)), "McNemar"

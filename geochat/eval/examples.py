@@ -6,18 +6,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from geochat.data.boxes import Box, parse_regions, without_boxes
+from geochat.data.boxes import Box, Region, parse_regions, without_boxes
 from geochat.data.draw import contact_sheet, draw_regions
 from geochat.data.images import open_image
+from geochat.eval.answer_files import answer_text
 from geochat.eval.benchmark import Benchmark
+from geochat.eval.boxes import corners, truth_polygons, upright
 from geochat.eval.compare import Run
 from geochat.eval.files import Row
-from geochat.eval.intervals import parts
-from geochat.eval.metrics import truth_polygons
-from geochat.eval.score import answer_text
+from geochat.eval.intervals import grades
 
 PANEL = 384  # shorter side of a drawn picture, in pixels
 
@@ -48,9 +49,10 @@ def worst(runs: Sequence[Run], count: int) -> list[str]:
     chosen: list[str] = []
     by_task = _common(runs)
     for task, keys in by_task.items():
-        grades = {key: sum(_grade(run, task, key) for run in runs) / len(runs) for key in keys}
+        graded = sum(grades(run.sums(task, keys), run.scores["tasks"][task]["headline"]) for run in runs)
+        grade = dict(zip(keys, graded / len(runs), strict=True))
         ranked = random.Random(task).sample(keys, len(keys))
-        ranked = sorted((key for key in ranked if grades[key] < 1), key=lambda key: grades[key])
+        ranked = sorted((key for key in ranked if grade[key] < 1), key=lambda key: grade[key])
         chosen += ranked[: max(1, count // len(by_task))]
     return chosen
 
@@ -64,34 +66,42 @@ def _common(runs: Sequence[Run]) -> dict[str, list[str]]:
     return by_task
 
 
-def _grade(run: Run, task: str, key: str) -> float:
-    above, below = parts(run.verdicts[key], run.scores["tasks"][task]["headline"])
-    return above / below if below else 1.0
-
-
 def example(key: str, runs: Sequence[Run], benchmark: Benchmark, image_folder: Path) -> Example:
     """Draw one question. ValueError names the question or the picture."""
     where = f"question {key}"
     row = benchmark.prepare(runs[0].answers[key], where) or {}
     image = _picture(row, benchmark, image_folder, where)
-    truth = row[benchmark.truth.of(row, where)]
+    truth = row.get(benchmark.truth.of(row, where), "not published")
     boxes = "ious" in runs[0].verdicts[key]
-    true_boxes = (
-        [Box.from_polygon(p, *image.size) for p in truth_polygons(truth, image.size)] if boxes else []
-    )
+    true_boxes = _true_boxes(truth, runs[0].verdicts[key]["metric"], image.size) if boxes else []
     caption = f"truth: {plural(len(true_boxes))}" if boxes else f"truth: {truth}"
     answers = [_answer(run, key, image, true_boxes if boxes else None) for run in runs]
     true_picture = draw_regions(image, [], truth=true_boxes, min_side=PANEL)
     return Example(row["prompt"], runs[0].verdicts[key]["task"], boxes, (true_picture, caption), answers)
 
 
+def _true_boxes(truth: Any, metric: str, size: tuple[int, int]) -> list[Box]:
+    if metric == "boxes_permille":
+        polygons = [corners(*box) for box in upright(str(truth))]
+    else:
+        polygons = truth_polygons(truth, size)
+    return [Box.from_polygon(polygon, *size) for polygon in polygons]
+
+
+def _regions(text: str, metric: str) -> Sequence[Region | Box]:
+    """The boxes of an answer with their phrases."""
+    if metric == "boxes_permille":
+        return [Box(a / 10, b / 10, c / 10, d / 10) for a, b, c, d in upright(text)]
+    return parse_regions(text)
+
+
 def _picture(row: Row, benchmark: Benchmark, image_folder: Path, where: str) -> Image.Image:
     """The question's picture; grey for a question without one, and for one that could not be read."""
     blank = Image.new("RGB", (PANEL, PANEL), "lightgray")
-    if not benchmark.image:
+    if not (name := benchmark.image_of(row, where)):
         return blank
     try:
-        return open_image(image_folder / benchmark.image_of(row, where))
+        return open_image(image_folder / name)
     except ValueError:
         if row.get("text") is not None:
             raise
@@ -103,7 +113,7 @@ def _answer(
 ) -> tuple[Image.Image, str, bool | None]:
     """The answer's boxes drawn over the true ones, what it said, and whether it is right, where that is a question."""
     text, verdict = answer_text(run.answers[key], f"question {key}"), run.verdicts[key]
-    drawn = draw_regions(image, parse_regions(text), truth=true_boxes or (), min_side=PANEL)
+    drawn = draw_regions(image, _regions(text, verdict["metric"]), truth=true_boxes or (), min_side=PANEL)
     if true_boxes is None:
         return drawn, f"{run.name}: {text or '(no answer)'}", verdict.get("correct")
     found = sum(iou >= 0.5 for iou in verdict["ious"])

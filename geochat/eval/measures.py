@@ -9,10 +9,11 @@ import numpy as np
 
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.compare import Run
-from geochat.eval.metrics import Summary, bare, labels_in
+from geochat.eval.labels import bare, labels_in
 from geochat.eval.score import cell
+from geochat.eval.verdicts import Summary
 
-MOST = 40  # groups or labels that one plot can hold
+MOST = 50  # groups or labels that one plot can hold
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ def measure(run: Run, task: str, column: str = "", value: str = "") -> Measure:
         return Measure(0, None, None, 0)
     summary: Summary = scores["strata"].get(column, {}).get(value, {}) if column else scores["overall"]
     keys = [key for key, v in run.of_task(task).items() if not column or str(v.get(column)) == value]
-    ends = run.interval(task, keys) if keys else None
-    return Measure(summary.get("n", 0), summary.get(scores["headline"]), ends, summary.get("failed", 0))
+    figure = summary.get(scores["headline"])
+    ends = run.interval(task, keys, figure) if keys else None
+    return Measure(summary.get("n", 0), figure, ends, summary.get("failed", 0))
 
 
 def overview(run: Run) -> list[list[str]]:
@@ -47,7 +49,7 @@ def overview(run: Run) -> list[list[str]]:
 
 
 def strata(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[tuple[str, list[Measure]]]]]:
-    """(task, column, [(value, measure per run)]) for every stratum with more than one and at most 40 values."""
+    """(task, column, [(value, measure per run)]) for every stratum with more than one and at most 50 values."""
     for task, scores in runs[0].scores["tasks"].items():
         for column, values in scores["strata"].items():
             if 1 < len(values) <= MOST:
@@ -58,7 +60,7 @@ def strata(runs: Sequence[Run]) -> Iterator[tuple[str, str, list[tuple[str, list
 def confusion(run: Run, benchmark: Benchmark, task: str) -> tuple[list[str], np.ndarray] | None:
     """Labels, and counts [true, answered or other]; an answer is a label when it names this one alone.
 
-    None for tasks without labels, with more than 40, or where the answers are not at hand.
+    None for tasks without labels, with more than 50, or where the answers are not at hand.
     """
     if run.scores["tasks"][task]["metric"] != "exact_match" or not run.answers:
         return None

@@ -9,32 +9,18 @@ or a value of one of the strata (small).
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from geochat.eval.benchmark import BUILT_IN
 from geochat.eval.compare import Run
 from geochat.eval.score import Scores, cell
 
-Published = dict[str, dict[str, float]]
 
-
-def published(source: str) -> Published:
-    """By name of a model; empty for a benchmark without published figures. `source`: as for `Benchmark.load`."""
-    path = Path(source) if source.endswith(".toml") else BUILT_IN / f"{source}.toml"
-    if not path.is_file():
-        return {}
-    table = tomllib.loads(path.read_text(encoding="utf-8")).get("published", {})
+def beside(runs: Sequence[Run], table: Mapping[str, Any]) -> list[list[str]]:
+    """The runs' own figures above the published ones, in percent; heading first. ValueError names a table unfit."""
     for name, figures in table.items():
         if not isinstance(figures, dict) or not all(isinstance(v, int | float) for v in figures.values()):
-            raise ValueError(f"{path}: published.{name} must be a table of figures in percent")
-    return table
-
-
-def beside(runs: Sequence[Run], table: Published) -> list[list[str]]:
-    """The runs' own figures above the published ones, in percent; heading first."""
+            raise ValueError(f"published.{name} must be a table of figures in percent")
     keys = list(dict.fromkeys(key for figures in table.values() for key in figures))
     rows = [["in %", *keys]]
     rows += [[run.name, *(_own(run.scores, key) for key in keys)] for run in runs]

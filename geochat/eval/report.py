@@ -22,21 +22,21 @@ from geochat.eval.compare import Run, missing_in_one, pair, table
 from geochat.eval.examples import Example, example, pick, sheet, worst
 from geochat.eval.files import write_bytes, write_text
 from geochat.eval.measures import confusion, measure, overview, strata
-from geochat.eval.published import beside, published
+from geochat.eval.published import beside
 from geochat.eval.score import headline, markdown, sections
 
 Figures = tuple[str, list[list[str]], list[str]]
 """Heading, table, remarks."""
 
 
-def tables(runs: Sequence[Run]) -> list[Figures]:
+def tables(runs: Sequence[Run], benchmark: Benchmark) -> list[Figures]:
     """Each run's figures, the comparison with the first run, and published figures beside them."""
     found: list[Figures] = [(run.name, overview(run), []) for run in runs]
     for run in runs[1:]:
         compared = table(pair(runs[0], run), [runs[0].name, run.name])
         found.append((f"{run.name} against {runs[0].name}", compared, missing_in_one(runs[0], run)))
-    if known := published(runs[0].scores.get("source", runs[0].scores["benchmark"])):
-        found.append(("Published figures", beside(runs, known), []))
+    if benchmark.published:
+        found.append(("Published figures", beside(runs, benchmark.published), []))
     return found
 
 
@@ -152,16 +152,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(names) != len(arguments.runs):
             raise ValueError(f"{len(names)} names for {len(arguments.runs)} runs")
         runs = [Run.load(path, name) for path, name in zip(arguments.runs, names)]
-        figures = tables(runs)
+        first = runs[0].scores
+        benchmark = Benchmark.load(arguments.benchmark or first.get("source", first["benchmark"]))
+        figures = tables(runs, benchmark)
         print(text_of(runs, figures))
         if not arguments.output:
             return
-        first = runs[0].scores
+        if not (image_folder := arguments.image_folder or first.get("image_folder")):
+            raise ValueError(f"{names[0]}: does not say where the pictures are; give --image-folder")
         write_report(
             runs,
             arguments.output,
-            benchmark=Benchmark.load(arguments.benchmark or first["source"]),
-            image_folder=arguments.image_folder or Path(first["image_folder"]),
+            benchmark=benchmark,
+            image_folder=Path(image_folder),
             figures=figures,
             title=arguments.title or f"{first['benchmark']}: {' and '.join(names)}",
             pictures=arguments.pictures,

@@ -26,11 +26,12 @@ from geochat.chat.engine import Chat
 from geochat.errors import stop
 from geochat.eval.answers import ask, collect, look
 from geochat.eval.benchmark import Benchmark
+from geochat.eval.checks import notes
 from geochat.eval.files import Row
-from geochat.eval.metrics import IOU_MODES
 from geochat.eval.progress import ANSWERS, Progress
 from geochat.eval.score import Scores, judge, summarise, table, write_scores
 from geochat.eval.shards import Shard
+from geochat.eval.verdicts import IOU_MODES
 from geochat.model.base import BaseRecord
 from geochat.model.checkpoint import fingerprint
 from geochat.model.formats.gguf_file import is_gguf
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> Scores | None:
     scores = summarise(judged, benchmark, total=total, iou=arguments.iou)
     scores |= {"model_path": str(arguments.model_path), **progress.identity}
     scores |= {"source": arguments.benchmark, "image_folder": str(image_folder)}
+    scores["notes"] = notes(answers, benchmark)
     scores["not_asked"] = sum(row["text"] is None for row in answers)
     write_scores(arguments.output, scores, judged)
     return scores

@@ -24,11 +24,10 @@ from geochat.eval.score import markdown
 
 
 def missing(benchmark: Benchmark) -> list[Path]:
-    """The question file and the image folder, where they are not there."""
+    """The files and the image folder that are not there."""
     questions, images = benchmark.root / benchmark.questions, benchmark.root / benchmark.image_folder
-    return [
-        path for path, there in ((questions, questions.is_file()), (images, images.is_dir())) if not there
-    ]
+    files = [questions, *(path for paths in benchmark.beside(questions).values() for path in paths)]
+    return [path for path in files if not path.is_file()] + ([] if images.is_dir() else [images])
 
 
 def find(data_root: Path) -> Iterator[str]:
@@ -39,10 +38,25 @@ def find(data_root: Path) -> Iterator[str]:
     for name in known():
         benchmark = Benchmark.load(name)
         if absent := missing(benchmark):
-            paths = " and ".join(map(str, absent))
-            print(f"{name}: not run, without {paths}; get it from {benchmark.source}", file=sys.stderr)
+            print(
+                f"{name}: not run, for want of {_listed(absent)}; {_remedy(benchmark, absent)}",
+                file=sys.stderr,
+            )
         else:
             yield name
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return " and ".join(map(str, paths))
+
+
+def _remedy(benchmark: Benchmark, absent: Sequence[Path]) -> str:
+    images = benchmark.root / benchmark.image_folder
+    if benchmark.format == "mmbench" and list(absent) == [images]:
+        return (
+            f"python -m geochat.eval.tsv {benchmark.root / benchmark.questions} --output {images} writes it"
+        )
+    return f"get it from {benchmark.source or 'its authors'}"
 
 
 def index(output: Path, names: Sequence[str]) -> str:
