@@ -11,12 +11,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from geochat.chat.engine import Answer, Chat, Request
+from geochat.chat.engine import MOST_ROWS, Chat
+from geochat.chat.remote import RemoteChat
+from geochat.chat.request import Request
+from geochat.chat.text import Answer
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.files import Row
 
-CHUNK = 8
-"""Batches that are asked at once: enough that pictures are read while others are answered."""
+CHUNK = 4
+"""Batches that are asked at once: enough that places do not stay empty, few enough that a kill loses little."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,17 @@ def look(items: Sequence[Item]) -> list[Item]:
     return [Item({**item.row, **(seen(item.image) if item.image else {})}, item.image) for item in items]
 
 
-def ask(chat: Chat, items: Sequence[Item], *, batch_size: int, max_new_tokens: int) -> Iterator[list[Row]]:
+def ask(
+    chat: Chat | RemoteChat, items: Sequence[Item], *, batch_size: int | None, max_new_tokens: int
+) -> Iterator[list[Row]]:
     """Answered rows, some batches at a time, picture by picture: what questions have in common is computed once.
 
-    A question that cannot be asked has text None and says why in `error`.
+    `batch_size`: questions answered at a time; None leaves it to the model. A question that cannot be asked has text
+    None and says why in `error`. Raises ConnectionError when a server is gone.
     """
-    for chunk in _chunks(items, CHUNK * batch_size):
-        results = _answers(chat, chunk, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    options = {"max_new_tokens": max_new_tokens} | ({"batch_size": batch_size} if batch_size else {})
+    for chunk in _chunks(items, CHUNK * (batch_size or MOST_ROWS)):
+        results = _answers(chat, chunk, **options)
         yield [
             {**item.row, "text": result.text, "finished": result.finished}
             if isinstance(result, Answer)
@@ -104,7 +111,7 @@ def _chunks(items: Sequence[Item], least: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _answers(chat: Chat, chunk: Sequence[Item], **options: int) -> list[Answer | Exception]:
+def _answers(chat: Chat | RemoteChat, chunk: Sequence[Item], **options: int) -> list[Answer | Exception]:
     """One result per question. What breaks the model at one question does not take the others with it."""
     try:
         return list(chat.answer_each([item.request for item in chunk], **options))

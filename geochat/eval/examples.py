@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from geochat.data.boxes import Box, Region, parse_regions, without_boxes
@@ -49,8 +50,9 @@ def worst(runs: Sequence[Run], count: int) -> list[str]:
     chosen: list[str] = []
     by_task = _common(runs)
     for task, keys in by_task.items():
-        graded = sum(grades(run.sums(task, keys), run.scores["tasks"][task]["headline"]) for run in runs)
-        grade = dict(zip(keys, graded / len(runs), strict=True))
+        figures = [run.scores["tasks"][task]["headline"] for run in runs]
+        graded = [grades(run.sums(task, keys), figure) for run, figure in zip(runs, figures, strict=True)]
+        grade = dict(zip(keys, np.mean(graded, axis=0), strict=True))
         ranked = random.Random(task).sample(keys, len(keys))
         ranked = sorted((key for key in ranked if grade[key] < 1), key=lambda key: grade[key])
         chosen += ranked[: max(1, count // len(by_task))]

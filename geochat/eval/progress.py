@@ -81,7 +81,7 @@ class Progress:
         if (row := done.get(item.key)) is None:
             return False
         asked = {key: item.row[key] for key in ("prompt", "picture") if key in item.row}
-        for key, value in {**self.identity, **asked}.items():
+        for key, value in (self.identity | asked).items():
             if row.get(key) != value:
                 raise ValueError(
                     f"{self.folder}: holds answers of another run ({key} was {row.get(key)!r}, now {value!r}); "

@@ -117,15 +117,17 @@ def write_report(
     pictures: int = 32,
 ) -> None:
     """index.html, report.md, contact_sheet.png and scores.png in `output`."""
-    drawn = [[example(key, runs, benchmark, image_folder) for key in keys]
-             for keys in (pick(runs, pictures), worst(runs, pictures // 2))]  # fmt: skip
+    examples, failures = (
+        [example(key, runs, benchmark, image_folder) for key in keys]
+        for keys in (pick(runs, pictures), worst(runs, pictures // 2))
+    )
     chart = bars(runs)
-    write_text(output / "index.html", build(runs, benchmark, figures, chart, *drawn, title))
+    write_text(output / "index.html", build(runs, benchmark, figures, chart, examples, failures, title))
     write_text(output / "report.md", text_of(runs, figures))
     write_bytes(output / "scores.png", chart)
-    if drawn[0]:
+    if examples:
         content = io.BytesIO()
-        sheet(drawn[0]).save(content, "PNG")
+        sheet(examples).save(content, "PNG")
         write_bytes(output / "contact_sheet.png", content.getvalue())
 
 
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{len(names)} names for {len(arguments.runs)} runs")
         runs = [Run.load(path, name) for path, name in zip(arguments.runs, names)]
         first = runs[0].scores
-        benchmark = Benchmark.load(arguments.benchmark or first.get("source", first["benchmark"]))
+        benchmark = Benchmark.load(arguments.benchmark or first.get("source") or first["benchmark"])
         figures = tables(runs, benchmark)
         print(text_of(runs, figures))
         if not arguments.output:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from geochat.chat.arguments import add_model_arguments, load_chat, number
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.errors import stop
 from geochat.eval.answers import ask, collect, look
 from geochat.eval.benchmark import Benchmark
@@ -38,7 +39,11 @@ from geochat.model.formats.gguf_file import is_gguf
 
 
 def evaluate(
-    chat: Chat, benchmark: Benchmark, questions: Sequence[Row], image_folder: Path, batch_size: int = 16
+    chat: Chat,
+    benchmark: Benchmark,
+    questions: Sequence[Row],
+    image_folder: Path,
+    batch_size: int | None = None,
 ) -> Scores:
     """Scores without files: validation during training."""
     items = look(collect(benchmark, questions, image_folder))
@@ -60,20 +65,19 @@ def run(arguments: argparse.Namespace) -> Scores | None:
     shard = arguments.shard.split()
     share = look(shard.share(items))
     judge([{**item.row, "text": ""} for item in share], benchmark)  # a truth that cannot be used shows now
-    model = _fingerprint(arguments)
-    arguments.device = _own_device(arguments.device)
+    model = "" if arguments.endpoint else _fingerprint(arguments)
+    arguments.device = _own_device(arguments)
     chat = load_chat(arguments)
     budget = arguments.max_new_tokens or benchmark.max_new_tokens
-    progress = Progress(
-        arguments.output, shard, {"model": model, "decoding": _decoding(chat, budget, arguments)}
-    )
+    identity = {"model": model or chat.model, "decoding": _decoding(chat, budget, arguments)}
+    progress = Progress(arguments.output, shard, identity)
     left = progress.begin(share, arguments.overwrite)
     with (
         progress.file.open("a", encoding="utf-8", errors="backslashreplace") as file,
         tqdm(total=len(share), initial=len(share) - len(left), desc=benchmark.name, disable=None) as bar,
     ):
         for rows in ask(chat, left, batch_size=arguments.batch_size, max_new_tokens=budget):
-            lines = [json.dumps({**row, **progress.identity}, ensure_ascii=False) + "\n" for row in rows]
+            lines = [json.dumps({**row, **identity}, ensure_ascii=False) + "\n" for row in rows]
             file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -84,7 +88,7 @@ def run(arguments: argparse.Namespace) -> Scores | None:
     judged = judge(answers, benchmark, arguments.iou)
     total = len(answers) if arguments.limit else len(questions)
     scores = summarise(judged, benchmark, total=total, iou=arguments.iou)
-    scores |= {"model_path": str(arguments.model_path), **progress.identity}
+    scores |= {"model_path": str(arguments.model_path or arguments.endpoint), **identity}
     scores |= {"source": arguments.benchmark, "image_folder": str(image_folder)}
     scores["notes"] = notes(answers, benchmark)
     scores["not_asked"] = sum(row["text"] is None for row in answers)
@@ -103,10 +107,10 @@ def _read(benchmark: Benchmark, arguments: argparse.Namespace) -> tuple[list[Row
     return benchmark.read_questions(file), arguments.image_folder or start / benchmark.image_folder
 
 
-def _own_device(name: str) -> str:
+def _own_device(arguments: argparse.Namespace) -> str:
     """Of several processes on a machine each has its own GPU."""
-    if name != "auto" or not torch.cuda.is_available():
-        return name
+    if arguments.device != "auto" or arguments.endpoint or not torch.cuda.is_available():
+        return arguments.device
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
@@ -120,11 +124,12 @@ def _fingerprint(arguments: argparse.Namespace) -> str:
     return "+".join(fingerprint(path) for path in parts if path and path.exists())
 
 
-def _decoding(chat: Chat, max_new_tokens: int, arguments: argparse.Namespace) -> Row:
-    """What may change an answer; the batch size may not, and is not in it."""
-    return {
-        "max_new_tokens": max_new_tokens,
-        "temperature": 0.0,
+def _decoding(chat: Chat | RemoteChat, max_new_tokens: int, arguments: argparse.Namespace) -> Row:
+    """What may change an answer; the batch size may not, and is not in it. A server keeps the rest to itself."""
+    decoding: Row = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
+    if isinstance(chat, RemoteChat):
+        return decoding
+    return decoding | {
         "template": chat.processor.template.name,
         "image_size": chat.processor.image_size,
         "image_mode": chat.processor.image_mode,
@@ -145,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=number(1, whole=True), help="ask only the first questions")
     parser.add_argument(
-        "--batch-size", type=number(1, whole=True), default=16, help="questions at a time; changes no answer"
+        "--batch-size",
+        type=number(1, whole=True),
+        help="questions at a time, or requests under way; changes no answer; default: what memory holds, or 16",
     )
     parser.add_argument("--max-new-tokens", type=number(1, whole=True), help="default: the benchmark's")
     parser.add_argument(

@@ -190,6 +190,7 @@ def test_shares_meet_in_one_file(
     assert (data / "ranks" / ANSWERS).read_text() == whole
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize(
     "start",
     [
@@ -236,12 +237,10 @@ def test_killed_three_times_it_ends_with_the_same_answers(data: Path, tiny_model
 
 
 def started(how: str, arguments: list[str]) -> Any:
-    """The command in a process of its own; a fork of one that has imported torch starts in a moment."""
+    """The command in a process of its own; a fork of this one has torch already."""
     if how == "python -m":
         return subprocess.Popen([sys.executable, "-m", "geochat.eval.run", *arguments])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["geochat.eval.run"])
-    process = context.Process(target=module.main, args=(arguments,))
+    process = multiprocessing.get_context("fork").Process(target=module.main, args=(arguments,))
     process.start()
     return process
 
@@ -272,14 +271,14 @@ def test_what_failed_in_one_share_is_asked_again_by_it(data: Path, tiny_model: P
 def test_a_model_that_breaks_at_one_question_answers_the_others(
     data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = Chat.answer
+    answer_each = Chat.answer_each
 
     def breaks(self, requests, **options):
         if any("[refer]" in request.turns[0].text and "2.png" in str(request.images) for request in requests):
             raise RuntimeError("the model's scores are not numbers")
-        return answer(self, requests, **options)
+        return answer_each(self, requests, **options)
 
-    monkeypatch.setattr(Chat, "answer", breaks)
+    monkeypatch.setattr(Chat, "answer_each", breaks)
     module.main(command(data, tiny_model))
     failed = [row for row in read_rows(data / "out" / ANSWERS) if row["text"] is None]
     assert [(row["question_id"], row["error"]) for row in failed] == [
