@@ -3,8 +3,8 @@
     [published]
     "GeoChat, paper" = { overall = 90.70, presence = 91.09, comp = 90.33 }
 
-Figures are in percent. A key is `overall` or `macro` (of the headline), the name of another figure (rouge1), of a task,
-or a value of one of the strata (small).
+Shares are in percent. A key is `overall` or `macro` (of the headline), the name of another figure (`rouge1`; `macro f1`
+for its macro average), of a task, or a value of one of the strata (`small`).
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def beside(runs: Sequence[Run], table: Mapping[str, Any]) -> list[list[str]]:
 def _own(scores: Scores, key: str) -> str:
     for name, task in scores["tasks"].items():
         figure, overall = task["headline"], task["overall"]
-        groups: dict[str, Any] = {
-            value: group for column in task["strata"].values() for value, group in column.items()
-        }
-        found = {"overall": overall, "macro": task["macro"], name: overall, **groups}
-        if key in found:
-            return cell(figure, found[key].get(figure))
-        if key in overall:
-            return cell(key, overall[key])
+        groups = {value: group for column in task["strata"].values() for value, group in column.items()}
+        groups |= {"overall": overall, "macro": task["macro"], name: overall}
+        if key in groups:
+            return cell(figure, groups[key].get(figure))
+        other, summary = key, overall
+        if key.startswith("macro "):
+            other, summary = key.removeprefix("macro "), task["macro"]
+        if other in summary:
+            return cell(other, summary[other])
     return "–"

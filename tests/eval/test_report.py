@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 import numpy as np
 from PIL import Image
 
-from geochat.eval.benchmark import Benchmark
+from geochat.eval.benchmark import Benchmark, known
 from geochat.eval.charts import confusion_matrix, score_bars, strata_bars
 from geochat.eval.compare import Run
 from geochat.eval.examples import pick, worst
@@ -186,6 +186,13 @@ def test_published_figures_stand_beside(classes) -> None:
         ["A, paper (published)", "84.40", "50.00", "–", "–"],
         ["B (published)", "–", "–", "12.35", "1.00"],
     ]
+
+
+@pytest.mark.parametrize("name", known())
+def test_published_figures_that_ship_are_shares_or_errors(name: str) -> None:
+    heading, *rows = beside([], Benchmark.load(name).published)
+    assert all(len(row) == len(heading) and set(row[1:]) != {"–"} for row in rows)
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[1:] if cell != "–")
 
 
 def test_plots_are_pictures(classes) -> None:
