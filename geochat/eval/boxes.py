@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from geochat.data.boxes import iou_matrix, parse_boxes
-from geochat.data.geometry import area, convex_hull
+from geochat.data.geometry import area
 from geochat.eval.verdicts import IouMode, Question, Summary, Verdict, counted, mean, share
 
 THRESHOLDS = (0.5, 0.25)
@@ -51,9 +51,15 @@ def corners(x1: float, y1: float, x2: float, y2: float) -> np.ndarray:
 
 def match_boxes(truth: Sequence[np.ndarray], predicted: Sequence[np.ndarray], iou: IouMode) -> list[float]:
     """The IoU each true polygon gets in the one-to-one matching of the greatest total IoU; 0 for one left over."""
+    return _matched(iou_matrix(truth, predicted, iou))
+
+
+def _matched(table: np.ndarray) -> list[float]:
+    if len(table) == 1:
+        return [round(float(table.max(initial=0.0)), 6)]
     from scipy.optimize import linear_sum_assignment
 
-    table, ious = iou_matrix(truth, predicted, iou), np.zeros(len(truth))
+    ious = np.zeros(len(table))
     rows, columns = linear_sum_assignment(table, maximize=True)
     ious[rows] = table[rows, columns]
     return [round(float(iou), 6) for iou in ious]
@@ -79,17 +85,17 @@ def judge_permille(answer: str, question: Question) -> Verdict:
 
 def _judge(truth: list[np.ndarray], predicted: list[np.ndarray], iou: IouMode) -> Verdict:
     """Matched IoU per true box. `first` is the IoU of the first predicted box, when there is one true box."""
-    ious = match_boxes(truth, predicted, iou)
+    table = iou_matrix(truth, predicted, iou)
     verdict: Verdict = {
         # Where there is nothing to find, no box is a readable answer.
         "parsed": bool(predicted) or not truth,
         "predicted": len(predicted),
-        "ious": ious,
+        "ious": _matched(table),
         "strata": {"objects": {0: "none", 1: "single"}.get(len(truth), "multi")},
     }
     if len(truth) == 1:
-        verdict["first"] = match_boxes(truth, predicted[:1], iou)[0]
-        size = area(convex_hull(truth[0].tolist()))
+        verdict["first"] = _matched(table[:, :1])[0]
+        size = abs(area(truth[0].tolist()))
         verdict["strata"]["area"] = next((name for limit, name in AREAS.items() if size <= limit), "L")
     return verdict
 

@@ -57,7 +57,7 @@ def read_rsevalkit(path: Path, beside: Beside) -> list[Row]:
         turns = read_turns(item, where)
         if len(turns) != 2 or not item.get("image"):
             raise ValueError(f"{where}: expected an image, one question and its answer")
-        question = turns[0].text.removeprefix(IMAGE_TOKEN).lstrip("\n")
+        question = turns[0].text.removeprefix(IMAGE_TOKEN).strip()
         row = {"image": str(Path(item.get("image_path") or "") / item["image"]), "text": question}
         rows.append({**row, "ground_truth": turns[1].text, **size_columns(item.get("size"), where)})
     return number_questions(rows)
@@ -76,7 +76,7 @@ def read_scienceqa(path: Path, beside: Beside) -> list[Row]:
             {
                 "question_id": item["id"],
                 "image": item.get("image", ""),
-                "text": read_turns(item, where)[0].text.removeprefix(IMAGE_TOKEN).lstrip("\n"),
+                "text": read_turns(item, where)[0].text.removeprefix(IMAGE_TOKEN).strip(),
                 "options": options,
                 "ground_truth": list(options)[problem["answer"]],
                 "picture_given": "picture" if item.get("image") else "no picture",

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 from geochat.eval.quantities import NUMBER_WORDS
 from geochat.eval.verdicts import Question, Summary, Verdict, counted, mean, share
 
+_SPACES = re.compile(r"[\s.]+")
+_NO_LETTERS = re.compile(r"[\W_]+")
+_WORDS = re.compile(r"[^\W_]+")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
+
 
 def squeeze(text: object) -> str:
     """GeoChat-Bench's normalisation: lower case, no spaces, no full stops."""
-    return re.sub(r"[\s.]+", "", str(text).lower())
+    return _SPACES.sub("", str(text).lower())
 
 
 def bare(text: object) -> str:
     """Letters and digits alone, lower case: the form in which labels are looked for."""
-    return re.sub(r"[\W_]+", "", str(text).lower())
+    return _NO_LETTERS.sub("", str(text).lower())
 
 
 def labels_in(text: str, labels: Iterable[str]) -> set[str]:
@@ -27,30 +32,46 @@ def labels_in(text: str, labels: Iterable[str]) -> set[str]:
     Spaces inside a label do not count ("mediumresidential" is found in "Medium residential."), nor does the difference
     between a number word and its digits.
     """
-    wanted = set(labels) - {""}
-    words = re.findall(r"[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()))
-    widest = min(len(words), max((len(label) for label in wanted), default=0))
+    wanted = frozenset(labels) - {""}
+    beginnings = _beginnings(wanted)
+    words = _WORDS.findall(_THOUSANDS.sub("", text.lower()))
     found: set[str] = set()
     start = 0
     while start < len(words):
-        for end in range(min(start + widest, len(words)), start, -1):
-            number = NUMBER_WORDS.get(" ".join(words[start:end]))
-            hit = {"".join(words[start:end]), str(number)} & wanted
-            if hit:
-                found |= hit
-                start = end
-                break
-        else:
-            start += 1
+        longest = 1
+        if words[start] in beginnings or words[start] in NUMBER_WORDS:
+            hits = [hit for hit in _readings(words, start, beginnings) if hit[1] in wanted]
+            longest = max((length for length, _ in hits), default=1)
+            found |= {name for length, name in hits if length == longest}
+        start += longest
     return found
+
+
+def _readings(words: Sequence[str], start: int, beginnings: frozenset[str]) -> Iterator[tuple[int, str]]:
+    """What the words from `start` on may name: (number of words, name)."""
+    joined = ""
+    for length, word in enumerate(words[start:], 1):
+        joined += word
+        if joined not in beginnings:
+            break
+        yield length, joined
+    for length in (1, 2):
+        if (number := NUMBER_WORDS.get(" ".join(words[start : start + length]))) is not None:
+            yield length, str(number)
+
+
+@lru_cache(maxsize=64)
+def _beginnings(labels: frozenset[str]) -> frozenset[str]:
+    return frozenset(label[:end] for label in labels for end in range(1, len(label) + 1))
 
 
 @lru_cache(maxsize=65536)  # the answers to a benchmark are few different ones
 def _exact(answer: str, truth: str, labels: frozenset[str]) -> tuple[bool, bool, bool]:
     """Whether the answer was read, is strictly right, is leniently right."""
     strict = squeeze(truth) != "" and squeeze(answer) == squeeze(truth)
-    found = labels_in(answer, labels | {bare(truth)})
-    return strict or bool(found), strict, strict or found == {bare(truth)}
+    label = bare(truth)
+    found = labels_in(answer, labels if label in labels else labels | {label})
+    return strict or bool(found), strict, strict or found == {label}
 
 
 def judge_exact(answer: str, question: Question) -> Verdict:

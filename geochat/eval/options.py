@@ -81,16 +81,17 @@ def judge_xtuner(answer: str, question: Question) -> Verdict:
 
 
 def summarise_circular(verdicts: Sequence[Verdict]) -> Summary:
-    """A question is right when all its turns are. `incomplete` questions lack turns: they are judged by those there are.
-    `accuracy` is that of single turns."""
+    """A question is right when all its turns are. `incomplete` questions lack some that others of the file have: they are
+    judged by those there are. `accuracy` is that of single turns."""
     circles: dict[Any, list[Verdict]] = {}
     for v in verdicts:
         circles.setdefault(v["circle"], []).append(v)
+    in_turns = any(len(turns) > 1 for turns in circles.values())
     right = sum(all(v["correct"] for v in turns) for turns in circles.values())
     return summarise_accuracy(verdicts) | {
         "questions": len(circles),
         "circular_accuracy": share(right, len(circles)),
-        "incomplete": sum(1 < len(turns) != turns[0]["turns"] for turns in circles.values()),
+        "incomplete": sum(in_turns and len(turns) != turns[0]["turns"] for turns in circles.values()),
     }
 
 

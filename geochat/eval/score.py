@@ -9,116 +9,32 @@ answers, or by `question_id` from the question file; with a question file, a que
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from geochat.errors import stop
 from geochat.eval.answer_files import answer_text, read_answers
-from geochat.eval.benchmark import Benchmark, index_by_id
-from geochat.eval.captions import meteor_variant
+from geochat.eval.benchmark import Benchmark
 from geochat.eval.checks import notes
 from geochat.eval.files import Row, write_json, write_rows, write_text
-from geochat.eval.labels import bare
-from geochat.eval.metrics import MATCHES, METRICS
-from geochat.eval.verdicts import IOU_MODES, IouMode, Question, Summary
+from geochat.eval.judging import Scores, join, judge, summarise
+from geochat.eval.metrics import IOU_MODES, MATCHES
+from geochat.eval.verdicts import Summary
 
-Scores = dict[str, Any]
-
-
-def join(answers: list[Row], questions: list[Row], source: str) -> list[Row]:
-    """One row per question with the columns of both; the question's win but for the words of the answer."""
-    given = index_by_id(answers, source)
-    asked = index_by_id(questions, "questions")
-    if strangers := [key for key in given if key not in asked]:
-        raise ValueError(
-            f"{source}: {len(strangers)} answers belong to no question, the first is {strangers[0]!r}: "
-            "is this the question file they were made from?"
-        )
-    rows = []
-    for key, question in asked.items():
-        words = answer_text(given[key], f"{source}: {key}") if key in given else None
-        columns = {name: value for name, value in question.items() if name not in ("text", "answer")}
-        prompt = question.get("text", "")
-        rows.append({"prompt": prompt, **given.get(key, {}), **columns, "text": words})
-    return rows
-
-
-def judge(
-    rows: list[Row],
-    benchmark: Benchmark,
-    iou: IouMode = "rotated",
-    source: str = "answers",
-    instead: Mapping[str, str] | None = None,
-) -> list[Row]:
-    """One verdict per row that counts: question_id, task, metric, strata and the metric's own fields.
-
-    `instead`: metrics to use in place of others; the key "" stands for all.
-    """
-    index_by_id(rows, source)
-    kept: list[tuple[Row, str, str, str, Any]] = []
-    labels: dict[str, set[str]] = {}
-    for given in rows:
-        where = f"{source}: question {given['question_id']}"
-        if (row := benchmark.prepare(given, where)) is None:
-            continue
-        task = str(row[benchmark.metric.column]) if benchmark.metric.column in row else benchmark.name
-        metric = benchmark.metric.of(row, where)
-        column = benchmark.truth.of(row, where)
-        truth = row.get(column)
-        if truth is None and METRICS[metric].needs_truth:
-            raise ValueError(
-                f"{where}: no truth in column {column!r}; give the question file with --questions"
-            )
-        kept.append((row, where, task, metric, truth))
-        named = map(bare, METRICS[metric].labels_of(truth))
-        labels.setdefault(_group(benchmark, row, task), set()).update(named)
-    groups = {name: frozenset(found) for name, found in labels.items()}
-    instead = instead or {}
-    judged = []
-    for row, where, task, metric, truth in kept:
-        name = instead.get(metric) or instead.get("") or metric
-        group = groups[_group(benchmark, row, task)]
-        question = Question(truth, _size(benchmark, row, where), group, iou, row)
-        try:
-            verdict = METRICS[name].judge(answer_text(row, where), question)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        own = verdict.pop("strata", {})
-        strata = own | {s: row[s] for s in benchmark.strata if s in row}
-        judged.append({"question_id": row["question_id"], "task": task, "metric": name, **strata, **verdict})
-    return judged
-
-
-def summarise(judged: list[Row], benchmark: Benchmark, *, total: int, iou: IouMode = "rotated") -> Scores:
-    """Scores as one JSON value: `tasks[name]` → metric, headline, overall (micro), macro, strata[column][value]."""
-    tasks: dict[str, Any] = {}
-    for task in dict.fromkeys(row["task"] for row in judged):
-        verdicts = [row for row in judged if row["task"] == task]
-        metric = METRICS[verdicts[0]["metric"]]
-        strata = {
-            column: {value: metric.summarise(group) for value, group in sorted(groups.items())}
-            for column in benchmark.strata
-            if (groups := _grouped(verdicts, column))
-        }
-        tasks[task] = {
-            "metric": verdicts[0]["metric"],
-            "headline": metric.headline,
-            "overall": metric.summarise(verdicts),
-            "macro": _macro(strata, metric.headline),
-            "strata": strata,
-        }
-    scores: Scores = {
-        "benchmark": benchmark.name,
-        "n": len(judged),
-        "excluded": total - len(judged),
-        "tasks": tasks,
-    }
-    if any(task["metric"] == "boxes" for task in tasks.values()):
-        scores["iou"] = iou
-    if any("meteor" in task["overall"] for task in tasks.values()):
-        scores["meteor"] = meteor_variant()
-    return scores
+__all__ = [
+    "Scores",
+    "answer_text",
+    "cell",
+    "headline",
+    "join",
+    "judge",
+    "markdown",
+    "sections",
+    "summarise",
+    "table",
+    "write_scores",
+]
 
 
 def sections(scores: Scores) -> list[list[list[str]]]:
@@ -210,37 +126,6 @@ def _instead(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, s
             f"{benchmark.name} has no scorer {arguments.scorer!r}; known: {', '.join(benchmark.scorers) or 'none'}"
         )
     return instead | ({"": benchmark.scorers[arguments.scorer]} if arguments.scorer else {})
-
-
-def _grouped(verdicts: Sequence[Row], column: str) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for verdict in verdicts:
-        if column in verdict:
-            groups.setdefault(str(verdict[column]), []).append(verdict)
-    return groups
-
-
-def _group(benchmark: Benchmark, row: Row, task: str) -> str:
-    return f"{task}/{row.get(benchmark.labels_by, '')}"
-
-
-def _size(benchmark: Benchmark, row: Row, where: str) -> tuple[int, int] | None:
-    if "width" in row and "height" in row:
-        return int(row["width"]), int(row["height"])
-    size = benchmark.image_size.of(row, where)
-    return (int(size[0]), int(size[1])) if size else None
-
-
-def _macro(strata: dict[str, dict[str, Summary]], headline: str) -> Summary:
-    """Means over the groups of the first stratum, of every share that all of them have."""
-    over, groups = next(iter(strata.items()), ("", {}))
-    if len(groups) < 2:
-        return {}
-    keys = [key for key, value in next(iter(groups.values())).items() if isinstance(value, float)]
-    keys = [key for key in keys if all(group.get(key) is not None for group in groups.values())]
-    return {"over": over, "groups": len(groups)} | {
-        key: sum(group[key] for group in groups.values()) / len(groups) for key in keys
-    }
 
 
 def _cells(summary: Summary, keys: list[str]) -> list[str]:

@@ -150,3 +150,24 @@ def test_question_ids_are_there_and_differ() -> None:
         index_by_id([{"question_id": 0}, {}], "f")
     with pytest.raises(ValueError, match="row 2: question_id '1' occurs twice"):
         index_by_id([{"question_id": 1}, {"question_id": "1"}], "f")
+
+
+def test_land_cover_files_are_not_exchanged() -> None:
+    assert Benchmark.load("vhm/multilabel_gid").questions == "mlc_gid_test.json"
+    assert Benchmark.load("vhm/multilabel_fbp").questions == "mlc_fbp_test.json"
+
+
+def test_every_question_of_vhm_has_its_prefix() -> None:
+    prefixes = {
+        "scene": "CLS",
+        "vqa": "VQA",
+        "grounding": "VG",
+        "color": "IDK",
+        "presence": "IDK",
+        "position": "IDK",
+    }
+    prefixes |= {"relative": "IDK"}
+    for name in (name for name in known() if name.startswith("vhm/")):
+        start = name.removeprefix("vhm/").split("_")[0]
+        prompt = Benchmark.load(name).prompt_of({"text": "Q"}, name)
+        assert prompt == f"{{{prefixes.get(start, 'IT')}}} Q"

@@ -84,8 +84,15 @@ def test_a_circular_question_needs_all_its_turns() -> None:
 
 def test_a_missing_turn_is_noticed() -> None:
     three = {"circle": 1, "options": {"A": "x", "B": "y", "C": "z"}}
-    verdicts = [judge_circular("A", Question("A", row=three))] * 2 + [turn(2, "A"), turn(2, "A")]
-    assert METRICS["circular"].summarise(verdicts)["incomplete"] == 1
+    verdicts = [judge_circular("A", Question("A", row=three))] * 2 + [
+        turn(2, "A"),
+        turn(2, "A"),
+        turn(3, "A"),
+    ]
+    assert METRICS["circular"].summarise(verdicts)["incomplete"] == 2
+    assert (
+        METRICS["circular"].summarise(verdicts[-1:])["incomplete"] == 0
+    )  # a file without turns, as CCBench's
 
 
 def test_letters_beyond_d_and_inside_words() -> None:

@@ -190,3 +190,13 @@ def test_an_unscored_benchmark_counts_its_answers() -> None:
     rows = [{"question_id": i, "prompt": "Q", "text": text} for i, text in enumerate(("a", ""))]
     overall = summarise(judge(rows, benchmark), benchmark, total=2)["tasks"]["vizwiz"]["overall"]
     assert overall == {"n": 2, "parsed": 1, "failed": 1, "answered": 0.5}
+
+
+def test_no_question_is_left_out_for_its_number() -> None:
+    # RSVQA-HR's ids pass a million, from where MMBench counts its turns.
+    rows = [
+        {"question_id": i, "category": "comp", "ground_truth": "yes", "answer": "Yes"}
+        for i in (7, 1_021_598, 1_000_007)
+    ]
+    benchmark = Benchmark.load("hrben")
+    assert summarise(judge(rows, benchmark), benchmark, total=3)["tasks"]["hrben"]["overall"]["correct"] == 3
