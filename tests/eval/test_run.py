@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
 from PIL import Image
 
 from geochat.chat.engine import Chat
@@ -27,8 +29,9 @@ from geochat.eval.files import read_json, read_rows, write_rows
 from geochat.eval.progress import ANSWERS
 from geochat.model.adapter import AdapterSpec, attach, save_adapter
 from geochat.model.base import BaseRecord
-from geochat.model.checkpoint import load
+from geochat.model.checkpoint import load, save_model
 
+everything = pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
 PARTIAL = "answers.partial.0-of-1.jsonl"
 BOX = [[10, 10], [20, 10], [20, 20], [10, 20]]
 
@@ -151,6 +154,21 @@ def test_answers_of_another_run_are_not_mixed_in(data: Path, tiny_model: Path, r
     assert read_rows(data / "out" / ANSWERS)[0]["decoding"]["image_mode"] == "crop"
 
 
+def test_other_weights_in_the_same_folder_are_another_model(
+    data: Path, tiny_model: Path, tmp_path: Path, refused
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    module.main(command(data, tmp_path / "model"))
+    model, processor = load(tiny_model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    shutil.rmtree(tmp_path / "model")
+    save_model(model, processor, tmp_path / "model")
+    assert "holds answers of another run (model was" in refused(
+        module.main, command(data, tmp_path / "model")
+    )
+
+
 def test_a_damaged_image_is_a_failure_not_an_answer(
     data: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,12 +213,7 @@ def test_shares_meet_in_one_file(
     "start",
     [
         "forked",
-        pytest.param(
-            "python -m",
-            marks=pytest.mark.skipif(
-                not os.environ.get("GEOCHAT_ALL_TESTS"), reason="imports torch four times"
-            ),
-        ),
+        pytest.param("python -m", marks=everything),
     ],
 )
 def test_killed_three_times_it_ends_with_the_same_answers(data: Path, tiny_model: Path, start: str) -> None:
@@ -323,6 +336,27 @@ def test_refusals(data: Path, tiny_model: Path, tmp_path: Path, refused) -> None
     rows = read_rows(data / "questions.jsonl")
     write_rows(data / "questions.jsonl", [{**rows[0], "ground_truth": None}])
     assert "no truth in column" in refused(module.main, command(data, tiny_model))
+
+
+@everything
+def test_started_by_torchrun(data: Path, tiny_model: Path) -> None:
+    arguments = command(data, tiny_model)
+    module.main([*arguments, "--output", str(data / "whole")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "-m", "geochat.eval.run", *arguments], check=True)
+    assert (data / "out" / ANSWERS).read_text() == (data / "whole" / ANSWERS).read_text()
+
+
+def test_each_process_has_its_own_gpu(data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    devices: list[str] = []
+    monkeypatch.setattr(module, "load_chat", lambda arguments: devices.append(arguments.device) or 1 / 0)
+    for given in ("auto", "cpu"):
+        with pytest.raises(ZeroDivisionError):
+            module.main([*command(data, tiny_model), "--device", given])
+    assert devices == ["cuda:3", "cpu"]
 
 
 def test_scores_without_files(data: Path, tiny_model: Path) -> None:
