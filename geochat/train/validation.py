@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from geochat.chat.engine import Chat, Request
+from geochat.chat.engine import Chat
+from geochat.chat.request import Request
 from geochat.data.boxes import parse_regions
 from geochat.data.draw import draw_regions
 from geochat.data.images import open_image
 from geochat.data.sample import Sample
 from geochat.eval import page
-from geochat.eval.answers import collect
+from geochat.eval.answers import collect, look
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.files import Row, write_rows, write_text
 from geochat.eval.run import evaluate
@@ -59,7 +60,7 @@ class Task:
         """Raises: ValueError when benchmark, questions, truths or images are not there or cannot be used."""
         benchmark = Benchmark.load(name)
         task = cls(benchmark, benchmark.read_questions(), limit)
-        items = collect(benchmark, task.questions, task.image_folder, limit)
+        items = look(collect(benchmark, task.questions, task.image_folder, limit))
         judge([{**item.row, "text": ""} for item in items], benchmark)
         if not items:
             raise ValueError(f"{name}: no question is left to ask")
