@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from geochat.data.mixture import Source, describe, read_sources
-from geochat.data.sample import Sample
 from geochat.data.store import InstructionStore
 from geochat.model.processor import Processor
 from geochat.train.arguments import DataArguments, TrainingArguments
@@ -130,11 +129,6 @@ class Mixture(Dataset):
         """The file that a sample is from, and its row there."""
         return self.library.find(int(self.rows[index]))
 
-    def sample(self, index: int) -> Sample:
-        """Raises: ValueError naming file and row."""
-        dataset, row = self.find(index)
-        return dataset.sample(row)
-
     def lengths(self) -> np.ndarray:
         """int[samples], see `Walk`."""
         return self.library.walk.lengths[self.rows]
@@ -191,7 +185,7 @@ def open_sets(
     """
     folders = data_args.image_folder or []
     sources = read_sources(data_args.data_path or [], folders, data_args.data_weights or [])
-    others = read_sources([data_args.eval_data_path], folders) if data_args.eval_data_path else []
+    others = _validation_sources(data_args.eval_data_path, folders) if data_args.eval_data_path else []
     for source in [*sources, *others] if look_for_images else []:
         source.require_images()
     library = open_library(sources, processor, data_args, args)
@@ -203,6 +197,15 @@ def open_sets(
     mask = library.held_out(data_args.val_share, args.order_seed)
     training = Mixture.draw(library, args.order_seed, np.flatnonzero(~mask))
     return training, Mixture(library, np.flatnonzero(mask))
+
+
+def _validation_sources(path: str, folders: list[str]) -> list[Source]:
+    sources = read_sources([path], folders if len(folders) == 1 else [])
+    if len(folders) > 1 and any(source.image_folder is None for source in sources):
+        raise ValueError(
+            f"--eval_data_path {path}: of several --image_folder none is known to be its own; name it in a mixture file"
+        )
+    return sources
 
 
 def _families(known: dict[tuple[str, ...], int]) -> np.ndarray:

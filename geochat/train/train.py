@@ -38,7 +38,7 @@ from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
 from geochat.train.data_record import compare_data, data_record
 from geochat.train.dataset import BadSampleError
-from geochat.train.mixture import Mixture, open_sets
+from geochat.train.mixture import open_sets
 from geochat.train.packing import PackingCollator
 from geochat.train.recipe import (
     choose_states,
@@ -59,7 +59,7 @@ from geochat.train.saving import (
 )
 from geochat.train.sharded import require_same_layout
 from geochat.train.trainer import LossError, Trainer
-from geochat.train.validation import Task, Validation, choose_dialogues
+from geochat.train.validation import make_validation
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -239,29 +239,6 @@ def make_collator(processor: Processor, args: TrainingArguments, attention: str)
         pack=args.packing,
         one_row=attention not in ("sdpa", "eager"),
         budget=args.max_tokens_per_micro_batch,
-    )
-
-
-def make_validation(
-    eval_set: Mixture | None, processor: Processor, args: TrainingArguments
-) -> Validation | None:
-    """What evaluations look at beside the loss. Raises: ValueError when that cannot be, or cannot be read."""
-    if args.eval_strategy == "no":
-        return None
-    if zero_stage(args) == 3 or args.fsdp:
-        if args.eval_benchmark:
-            raise ValueError(
-                "--eval_benchmark asks one process, which under ZeRO-3 or FSDP holds a part of the weights only: use "
-                "scripts/zero2.json, or score the checkpoints with geochat.eval.run"
-            )
-        args.notes.append("no dialogues at evaluations: under ZeRO-3 or FSDP no process holds all weights")
-        return None
-    return Validation(
-        Path(args.output_dir),
-        processor,
-        [Task.load(name, args.eval_benchmark_limit) for name in args.eval_benchmark or []],
-        choose_dialogues(eval_set, args.eval_dialogues, args.order_seed) if eval_set else [],
-        args.per_device_eval_batch_size,
     )
 
 

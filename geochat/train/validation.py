@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 
 from geochat.chat.engine import Chat
 from geochat.chat.request import Request
@@ -23,9 +24,11 @@ from geochat.eval.answers import collect, look
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.files import Row, write_rows, write_text
 from geochat.eval.run import evaluate
-from geochat.eval.score import Scores, judge
+from geochat.eval.score import Scores, judge, summarise
 from geochat.model.processor import Processor
+from geochat.train.arguments import TrainingArguments
 from geochat.train.mixture import Mixture
+from geochat.train.recipe import zero_stage
 
 FOLDER = "validation"
 PANEL = 384  # shorter side of a drawn picture, in pixels
@@ -54,36 +57,39 @@ class Task:
     benchmark: Benchmark
     questions: list[Row]
     limit: int | None
+    figures: frozenset[str]
+    """Names of what it gives."""
 
     @classmethod
     def load(cls, name: str, limit: int | None) -> Task:
         """Raises: ValueError when benchmark, questions, truths or images are not there or cannot be used."""
         benchmark = Benchmark.load(name)
-        task = cls(benchmark, benchmark.read_questions(), limit)
-        items = look(collect(benchmark, task.questions, task.image_folder, limit))
-        judge([{**item.row, "text": ""} for item in items], benchmark)
+        questions = benchmark.read_questions()
+        items = look(collect(benchmark, questions, _images(benchmark), limit))
         if not items:
             raise ValueError(f"{name}: no question is left to ask")
-        return task
-
-    @property
-    def image_folder(self) -> Path:
-        return self.benchmark.root / self.benchmark.image_folder
-
-    def score(self, chat: Chat, batch_size: int) -> Metrics:
-        return headlines(
-            evaluate(chat, self.benchmark, self.questions, self.image_folder, batch_size, self.limit)
+        judged = judge([{**item.row, "text": ""} for item in items], benchmark)
+        return cls(
+            benchmark, questions, limit, frozenset(headlines(summarise(judged, benchmark, total=len(items))))
         )
 
+    def score(self, chat: Chat, batch_size: int) -> Metrics:
+        """The headline figures that are defined."""
+        folder = _images(self.benchmark)
+        scores = evaluate(chat, self.benchmark, self.questions, folder, batch_size, self.limit)
+        return {name: float(value) for name, value in headlines(scores).items() if value is not None}
 
-def headlines(scores: Scores) -> Metrics:
-    """Those that are defined, as `benchmark_task_figure`; without the task where it is the only one."""
+
+def _images(benchmark: Benchmark) -> Path:
+    return benchmark.root / benchmark.image_folder
+
+
+def headlines(scores: Scores) -> dict[str, float | None]:
+    """Each task's figure as `benchmark_task_figure`; without the task where it is the only one."""
     found = {}
     for name, task in scores["tasks"].items():
-        value = task["overall"][task["headline"]]
         parts = [scores["benchmark"], *([name] if len(scores["tasks"]) > 1 else []), task["headline"]]
-        if value is not None:
-            found["_".join(parts)] = float(value)
+        found["_".join(parts)] = task["overall"][task["headline"]]
     return found
 
 
@@ -125,6 +131,32 @@ class Validation:
         for task in self.tasks:
             metrics |= task.score(chat, self.batch_size)
         return metrics
+
+
+def make_validation(
+    eval_set: Mixture | None, processor: Processor, args: TrainingArguments
+) -> Validation | None:
+    """What evaluations look at beside the loss. Raises: ValueError when that cannot be, or cannot be read."""
+    if args.eval_strategy == IntervalStrategy.NO:
+        return None
+    whole = zero_stage(args) < 3 and not args.fsdp
+    if args.eval_benchmark and not whole:
+        raise ValueError(
+            "--eval_benchmark asks one process, which under ZeRO-3 or FSDP holds a part of the weights only: use "
+            "scripts/zero2.json, or score the checkpoints with geochat.eval.run"
+        )
+    tasks = [Task.load(name, args.eval_benchmark_limit) for name in args.eval_benchmark or []]
+    figures = frozenset({"loss"} if eval_set else ()).union(*(task.figures for task in tasks))
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    if best and best not in figures:
+        raise ValueError(
+            f"--metric_for_best_model {best}: validation gives {', '.join(sorted(figures)) or 'nothing'}"
+        )
+    if not whole:
+        args.notes.append("no dialogues at evaluations: under ZeRO-3 or FSDP no process holds all weights")
+        return None
+    dialogues = choose_dialogues(eval_set, args.eval_dialogues, args.order_seed) if eval_set else []
+    return Validation(Path(args.output_dir), processor, tasks, dialogues, args.per_device_eval_batch_size)
 
 
 def ask(chat: Chat, dialogues: Sequence[Sample], batch_size: int) -> list[Row]:

@@ -161,6 +161,16 @@ def test_the_order_is_the_same_on_any_number_of_processes(processor, mixture: Pa
 # ---- whole runs ----
 
 
+def test_validation_needs_to_know_its_folder(
+    flags, mixture: Path, tiny_records, tmp_path: Path, refused
+) -> None:
+    place = flags.index("--data_path")
+    flags[place + 1 : place + 2] = [str(mixture.parent / name) for name in ("first.json", "second.jsonl")]
+    folders = ["--image_folder", str(tiny_records.image_folder), str(mixture.parent / "other")]
+    run = [*flags, *folders, "--output_dir", str(tmp_path / "run"), "--eval_steps", "9"]
+    assert "name it in a mixture file" in refused(main, [*run, "--eval_data_path", str(tiny_records.file)])
+
+
 def test_a_plan_counts_each_dataset(flags, mixture: Path, tmp_path: Path, capsys) -> None:
     flags[flags.index("--data_path") + 1] = str(mixture)
     written = tmp_path / "plan.json"

@@ -16,7 +16,7 @@ from geochat.eval.metrics import METRICS
 from geochat.train import arguments
 from geochat.train.curves import draw_curve
 from geochat.train.train import main
-from geochat.train.validation import headlines, show, undisturbed
+from geochat.train.validation import show, undisturbed
 
 everything = pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -63,19 +63,19 @@ def test_what_a_validation_leaves(flags, more, tmp_path: Path) -> None:
     flags += ["--max_tokens_per_micro_batch", "200", "--save_steps", "3", "--data_seed", "3"]
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     main([*flags, "--output_dir", str(plain)])
-    main([*flags, *more, "--eval_on_start", "True", "--output_dir", str(watched)])
+    main([*flags, *more, "--output_dir", str(watched)])
     for folder in ("checkpoint-3", "."):
         assert (plain / folder / WEIGHTS).read_bytes() == (watched / folder / WEIGHTS).read_bytes()
 
     rows = read_rows(watched / "validation.jsonl")
-    assert [row["step"] for row in rows] == [0, 3, 6]
+    assert [row["step"] for row in rows] == [3, 6]
     assert all(row["loss"] > 0 for row in rows)
     assert set(rows[0]["scores"]) == FIGURES
     losses = read_rows(watched / "loss.jsonl")
-    assert [row["step"] for row in losses if "eval_loss" in row] == [0, 3, 6]
+    assert [row["step"] for row in losses if "eval_loss" in row] == [3, 6]
     state = json.loads((watched / "checkpoint-6/trainer_state.json").read_text())
     assert any("eval_tiny_scene_accuracy" in row for row in state["log_history"])
-    for step in (0, 3, 6):
+    for step in (3, 6):
         folder = watched / f"validation/step-{step}"
         asked = read_rows(folder / "dialogues.jsonl")
         assert {"images", "question", "truth", "answer"} == set(asked[0])
@@ -94,7 +94,7 @@ def test_what_a_validation_leaves(flags, more, tmp_path: Path) -> None:
             str(watched / "checkpoint-3"),
         ]
     )
-    assert [row["step"] for row in read_rows(watched / "validation.jsonl")] == [0, 3, 6]
+    assert [row["step"] for row in read_rows(watched / "validation.jsonl")] == [3, 6]
     assert (plain / WEIGHTS).read_bytes() == (watched / WEIGHTS).read_bytes()
 
 
@@ -105,10 +105,17 @@ def test_scores_alone_in_bfloat16_and_the_best_model(
     monkeypatch.setattr(arguments, "BF16_ON_CPU", True)
     run = [*flags, "--max_steps", "2", "--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1"]
     run += ["--eval_benchmark", str(benchmark), "--eval_benchmark_limit", "2", "--lora_enable", lora]
-    run += ["--load_best_model_at_end", "True", "--metric_for_best_model", "tiny_accuracy"]
+    run += [
+        "--load_best_model_at_end",
+        "True",
+        "--metric_for_best_model",
+        "tiny_accuracy",
+        "--eval_on_start",
+        "True",
+    ]
     main([*run, "--output_dir", str(tmp_path / "run")])
     rows = read_rows(tmp_path / "run/validation.jsonl")
-    assert [row["scores"].keys() for row in rows] == [{"tiny_accuracy"}] * 2
+    assert [(row["step"], *row["scores"]) for row in rows] == [(step, "tiny_accuracy") for step in (0, 1, 2)]
     assert rows[0]["loss"] is None
     name = WEIGHTS if lora == "True" else "model.safetensors"
     best = tmp_path / "run/checkpoint-1" / name  # no later one is better than nothing right
@@ -162,6 +169,9 @@ def test_what_cannot_be_validated_is_said_at_the_start(
     rows = [{"question_id": 1, "image": "gone.png", "task": "scene", "text": "?", "ground_truth": "a"}]
     write_rows(tmp_path / "questions.jsonl", rows)
     assert "gone.png" in error(*scored, str(benchmark))
+    write_rows(tmp_path / "questions.jsonl", [{**rows[0], "image": "square.png"}])
+    best = ("--metric_for_best_model", "tiny_f1")
+    assert "tiny_f1: validation gives tiny_accuracy" in error(*scored, str(benchmark), *best)
     monkeypatch.setenv("RANK", "0")
     assert "goes neither with" in error("--load_best_model_at_end", "True", "--fsdp", "True")
 
@@ -175,12 +185,6 @@ def test_randomness_and_mode_are_as_they_were() -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), state[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == state[1:]
-
-
-def test_undefined_figures_are_left_out() -> None:
-    task = {"headline": "f1", "overall": {"f1": None}}
-    assert headlines({"benchmark": "b", "tasks": {"one": task}}) == {}
-    assert headlines({"benchmark": "b", "tasks": {"one": {**task, "overall": {"f1": 1}}}}) == {"b_f1": 1.0}
 
 
 def test_pages_and_curves_of_odd_input(tiny_records, tmp_path: Path) -> None:
