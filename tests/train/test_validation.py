@@ -215,8 +215,9 @@ def test_of_two_processes_one_asks_and_training_goes_on_the_same(
     finish(start([*flags, "--output_dir", str(tmp_path / "plain")], torchrun))
     finish(start([*flags, *more, "--output_dir", str(tmp_path / "watched")], torchrun))
     assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "watched" / WEIGHTS).read_bytes()
-    (row,) = read_rows(tmp_path / "watched/validation.jsonl")
-    assert row["scores"].keys() == FIGURES
+    rows = read_rows(tmp_path / "watched/validation.jsonl")
+    assert [row["step"] for row in rows] == [3, 4]
+    assert all(row["scores"].keys() == FIGURES for row in rows)
 
 
 @pytest.mark.slow
