@@ -44,12 +44,14 @@ def evaluate(
     questions: Sequence[Row],
     image_folder: Path,
     batch_size: int | None = None,
+    limit: int | None = None,
 ) -> Scores:
-    """Scores without files: validation during training."""
-    items = look(collect(benchmark, questions, image_folder))
+    """Scores without files: validation during training. `limit`: ask only the first questions."""
+    items = look(collect(benchmark, questions, image_folder, limit))
     parts = ask(chat, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
     rows = {str(row["question_id"]): row for part in parts for row in part}
-    return summarise(judge([rows[item.key] for item in items], benchmark), benchmark, total=len(questions))
+    total = len(questions) if limit is None else len(items)
+    return summarise(judge([rows[item.key] for item in items], benchmark), benchmark, total=total)
 
 
 def run(arguments: argparse.Namespace) -> Scores | None:

@@ -364,3 +364,7 @@ def test_scores_without_files(data: Path, tiny_model: Path) -> None:
     scores = module.evaluate(chat, benchmark, read_rows(data / "questions.jsonl"), data / "images")
     assert scores["tasks"]["scene"]["overall"]["n"] == 3
     json.dumps(scores)
+    assert (
+        module.evaluate(chat, benchmark, read_rows(data / "questions.jsonl"), data / "images", limit=2)["n"]
+        == 2
+    )
