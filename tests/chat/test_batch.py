@@ -56,7 +56,9 @@ def test_answers_of_one_token(chat: Chat, requests: list[Request], generated: Ca
     alone = requests[::5]  # one question a picture: none of them needs room of its own
     expected = [generated(chat, request, 1) for request in alone]
     assert [answer.token_ids for answer in fresh.answer(alone, max_new_tokens=1)] == expected
-    assert list(fresh.stream(requests[0], max_new_tokens=1)) == list(chat.stream(requests[0], max_new_tokens=1))
+    assert list(fresh.stream(requests[0], max_new_tokens=1)) == list(
+        chat.stream(requests[0], max_new_tokens=1)
+    )
 
 
 def test_rows_join_and_leave_between_tokens(chat: Chat, requests: list[Request], generated: Callable) -> None:
