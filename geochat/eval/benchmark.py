@@ -129,13 +129,16 @@ class Benchmark:
     def read_questions(self, path: str | Path | None = None) -> list[Row]:
         """All rows of the question file, before `only`; every one has its own `question_id`."""
         source = Path(path) if path else self.root / self.questions
-        beside = {
-            role: [source.parent / name for name in ([names] if isinstance(names, str) else names)]
-            for role, names in self.files.items()
-        }
-        rows = with_ids(FORMATS[self.format](source, beside), self.id)
+        rows = with_ids(FORMATS[self.format](source, self.beside(source)), self.id)
         index_by_id(rows, str(source))
         return rows
+
+    def beside(self, questions: Path) -> dict[str, list[Path]]:
+        """The further files, by role."""
+        return {
+            role: [questions.parent / name for name in ([names] if isinstance(names, str) else names)]
+            for role, names in self.files.items()
+        }
 
     def prepare(self, row: Row, where: str) -> Row | None:
         """The row with its derived columns; None when `only` leaves it out."""
