@@ -134,7 +134,7 @@ class Batch:
         """Take a row out."""
         with self._lock, torch.inference_mode():
             place, last = self.rows.index(row), len(self.rows) - 1
-            if row.keep and row.error is None:
+            if row.keep and row.length and row.error is None:
                 self._prefixes.keep(self._whole(row, place))
             if place != last:
                 self.rows[place] = self.rows[last]

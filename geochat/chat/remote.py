@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
+from json import JSONDecodeError
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,7 @@ class RemoteChat:
             ) from None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConnectionError(f"{self.endpoint}: {error}") from None
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, JSONDecodeError) as error:
             raise ValueError(f"{self.endpoint}: {error}") from None
 
 

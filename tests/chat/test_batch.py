@@ -51,6 +51,16 @@ def test_answers_end_at_their_own_time(
     assert [answer.finished for answer in answers] == [len(ids) < NEW for ids in expected]
 
 
+def test_answers_of_one_token(chat: Chat, requests: list[Request], generated: Callable) -> None:
+    fresh = Chat(chat.model, chat.processor)
+    alone = requests[::5]  # one question a picture: none of them needs room of its own
+    expected = [generated(chat, request, 1) for request in alone]
+    assert [answer.token_ids for answer in fresh.answer(alone, max_new_tokens=1)] == expected
+    assert list(fresh.stream(requests[0], max_new_tokens=1)) == list(
+        chat.stream(requests[0], max_new_tokens=1)
+    )
+
+
 def test_rows_join_and_leave_between_tokens(chat: Chat, requests: list[Request], generated: Callable) -> None:
     batch = Chat(chat.model, chat.processor).batch()
     rows = [chat.row(request, Settings(NEW)) for request in requests]
