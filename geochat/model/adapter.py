@@ -22,6 +22,7 @@ from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
 from geochat.model.canonical import CANONICAL, canonical_key, rename
 from geochat.model.checkpoint import load
+from geochat.model.dora import use_held_norms
 from geochat.model.export_adapter import write_folder
 from geochat.model.formats.adapters import EXTRA, WEIGHTS
 from geochat.model.open import recognise
@@ -95,6 +96,7 @@ def _wrap(model: Any, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():  # PEFT asks transformers under an old name; nothing a user can mend
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    use_held_norms(adapted)
     if not any(".lora_" in name for name, _ in find_tower(adapted).named_parameters()):
         freeze_tower(adapted)
     return adapted

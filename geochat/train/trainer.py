@@ -17,6 +17,7 @@ from geochat.data.encode import IGNORE_INDEX
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.norms import StepNorms
 from geochat.train.packing import attention_mask, nothing
 from geochat.train.recipe import parameter_groups
 from geochat.train.sampler import EpochSampler
@@ -90,6 +91,8 @@ class Trainer(ShardedTrainer):
         self.saver = saver
         self.bad_samples: list[str] = []
         super().__init__(**kwargs)
+        if not self.is_fsdp_enabled:  # which has whole weights only while a block is computed
+            self.add_callback(StepNorms())
         # The parent hands the token count of the whole step over, and skips its own division by the accumulation,
         # exactly when this is set.
         self.model_accepts_loss_kwargs = self.args.loss_normalization == "token"
