@@ -64,9 +64,9 @@ def weight_norm(base_layer: nn.Module, lora_a: nn.Module, lora_b: nn.Module, sca
     """‖W + scaling B A‖ of every row: float32[out]."""
     weight = dequantize_module_weight(base_layer)
     with torch.autocast(weight.device.type, enabled=False):
-        return torch.addmm(
-            weight.float(), lora_b.weight.float(), lora_a.weight.float(), alpha=scaling
-        ).norm(dim=1)
+        return torch.addmm(weight.float(), lora_b.weight.float(), lora_a.weight.float(), alpha=scaling).norm(
+            dim=1
+        )
 
 
 def use_held_norms(model: nn.Module) -> None:

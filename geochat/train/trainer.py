@@ -84,6 +84,11 @@ class Trainer(ShardedTrainer):
     def __init__(self, *, base: nn.Module, saver: RunSaver, **kwargs: Any) -> None:
         if not any(parameter.requires_grad for parameter in base.model.vision_tower.parameters()):
             freeze_tower(base)
+        if kwargs[
+            "args"
+        ].compile_options:  # layer by layer: one graph serves all, and parameters keep their names
+            for layer in base.model.language_model.layers:
+                layer.compile(**kwargs["args"].compile_options)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
         self.attn_implementation, self.mask_dtype = base.config._attn_implementation, base.dtype

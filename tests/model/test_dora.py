@@ -40,7 +40,9 @@ def shaken(model: nn.Module) -> nn.Module:
 def pair(dropout: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     """PEFT's layers and ours with the same weights."""
     torch.manual_seed(0)
-    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, use_dora=True, target_modules=["inner", "outer"])
+    config = LoraConfig(
+        r=3, lora_alpha=6, lora_dropout=dropout, use_dora=True, target_modules=["inner", "outer"]
+    )
     theirs = shaken(get_peft_model(Block().to(dtype), config, autocast_adapter_dtype=False))  # type: ignore[arg-type]
     ours = deepcopy(theirs)
     use_held_norms(ours)
