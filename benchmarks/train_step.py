@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -38,7 +38,7 @@ SIDE, PATCH, VOCABULARY, IMAGE, PAD = 504, 14, 512, 500, 501
 TOKENS = (SIDE // PATCH) ** 2
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse, build one model, time every side on it, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=6)
@@ -47,10 +47,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seed = time.time_ns() % 2**32 if args.seed is None else args.seed
     torch.manual_seed(seed)
-    model = build(args.hidden, args.layers)
+    model = adapted(build(args.hidden, args.layers))
     samples = draw(np.random.default_rng(seed), args.images, args.questions)
     with tempfile.TemporaryDirectory() as folder:
         sides = make_sides(model, samples, Path(folder))
@@ -83,13 +83,21 @@ def build(hidden: int, layers: int) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=TOKENS
     )
-    model = LlavaForConditionalGeneration(config)
-    settings = LoraConfig(r=hidden // 64, lora_alpha=16, lora_dropout=0.0, target_modules=LLM_LINEARS)
-    adapted = get_peft_model(model, settings)
-    for name, parameter in adapted.named_parameters():
+    return LlavaForConditionalGeneration(config)
+
+
+def adapted(model: LlavaForConditionalGeneration, **settings: Any) -> PeftModel:
+    """PEFT's adapters on every linear layer of the language model, rank a 64th of its width, and B no longer zero."""
+    settings = {
+        "r": model.config.text_config.hidden_size // 64,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+    } | settings
+    wrapped = get_peft_model(model, LoraConfig(target_modules=LLM_LINEARS, **settings))
+    for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    return adapted
+    return wrapped
 
 
 def draw(random: np.random.Generator, images: int, questions: int) -> list[dict[str, Any]]:

@@ -182,7 +182,7 @@ def setting_of(args: TrainingArguments) -> Setting:
         stage=zero_stage(args) if args.deepspeed else None,
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        checkpointing=args.gradient_checkpointing,
+        checkpointing=bool(args.gradient_checkpointing),
         compute_bytes=compute_dtype(args).itemsize,
         optimizer_8bit="8bit" in str(args.optim),
         bits=args.bits,
