@@ -22,6 +22,7 @@ import torch
 from train_step import PAD, adapted, build, draw
 
 from geochat.model.dora import use_held_norms
+from geochat.model.lora import use_fewer_passes
 from geochat.train.arguments import TrainingArguments
 from geochat.train.collate import Collator
 from geochat.train.norms import StepNorms
@@ -60,6 +61,8 @@ def sides(base: Any, dropout: float, folder: Path) -> dict[str, Trainer]:
     models = {"LoRA": adapted(deepcopy(base), lora_dropout=dropout)}
     models["DoRA of PEFT"] = adapted(deepcopy(base), lora_dropout=dropout, use_dora=True)
     models["DoRA here"] = deepcopy(models["DoRA of PEFT"])
+    for name in ("LoRA", "DoRA here"):
+        use_fewer_passes(models[name])
     use_held_norms(models["DoRA here"])
     return {
         name: Trainer(

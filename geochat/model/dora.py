@@ -28,18 +28,17 @@ class DoraLayer(DoraLinearLayer):
         self.norm: Tensor | None = None  # float32[out], while `geochat.train.norms` holds it
 
     def forward(self, x: Tensor, *, base_result: Tensor | None = None, **parts: Any) -> Tensor:
-        """In training: the output itself, from x [..., in], dropped out, and W x + bias [..., out]."""
+        """In training: the output itself, from x [..., in], dropped out, and W x + bias [..., out], overwritten."""
         if not self.training or base_result is None:
             return super().forward(x, base_result=base_result, **parts)
         lora_a, lora_b, scaling, base = (
             parts[name] for name in ("lora_A", "lora_B", "scaling", "base_layer")
         )
         norm = weight_norm(base, lora_a, lora_b, scaling) if self.norm is None else self.norm
-        scale = self.weight / norm
-        update = lora_b(lora_a(x) * scaling)
+        scale, low = self.weight / norm, lora_a(x) * scaling
         if base.bias is None:
-            return (base_result + update) * scale
-        return (base_result - base.bias + update) * scale + base.bias
+            return lora_b(low, onto=base_result) * scale
+        return lora_b(low, onto=base_result - base.bias) * scale + base.bias
 
 
 class DoraVariant(DoraLinearVariant):
@@ -70,7 +69,10 @@ def weight_norm(base_layer: nn.Module, lora_a: nn.Module, lora_b: nn.Module, sca
 
 
 def use_held_norms(model: nn.Module) -> None:
-    """Replace PEFT's DoRA layers by ours, in place; parameters and their names stay."""
+    """Replace PEFT's DoRA layers by ours, in place; parameters and their names stay.
+
+    Their B must add in place: after `geochat.model.lora.use_fewer_passes`.
+    """
     for layer in dora_layers(model):
         for name, magnitudes in layer.lora_magnitude_vector.items():
             layer.lora_magnitude_vector[name] = DoraLayer(magnitudes.weight)

@@ -13,6 +13,7 @@ from torch import nn
 from geochat.model.adapter import LLM_LINEARS, AdapterSpec, attach
 from geochat.model.build import build_model
 from geochat.model.dora import dora_layers, use_held_norms
+from geochat.model.lora import use_fewer_passes
 from geochat.train.norms import StepNorms
 
 IDS = torch.tensor([[1, *[513] * 36, *range(5, 25)]])
@@ -45,6 +46,7 @@ def pair(dropout: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
     )
     theirs = shaken(get_peft_model(Block().to(dtype), config, autocast_adapter_dtype=False))  # type: ignore[arg-type]
     ours = deepcopy(theirs)
+    use_fewer_passes(ours)
     use_held_norms(ours)
     return theirs, ours
 

@@ -231,7 +231,7 @@ def test_activations_are_what_autograd_keeps(kind: str, mode: str, checkpointing
         stage=2 if mode == "bfloat16" else None,
         checkpointing=checkpointing,
         compute_bytes=4 if mode == "float32" else 2,
-        mask_bytes=2 if mode == "bfloat16" else 4,
+        mask_bytes=4 if mode == "float32" else 2,
     )
     counted = activations(ModelShape.of(TINY), trained, setting, Load(2, 136, 2, 20)).kept
     assert counted == pytest.approx(sum(storage.nbytes() for storage in saved.values()), rel=0.25)
