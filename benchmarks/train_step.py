@@ -5,7 +5,7 @@
 Both sides take the same samples: `--images` pictures with `--questions` conversations each, 1,296 image tokens a picture,
 short and long answers mixed. The peer pads them into one batch and recomputes activations, as the original does;
 `peer, kept` is the same without recomputation. Ours computes logits at supervised positions only, keeps the frozen tower
-out of the graph, adds LoRA's products in place, recomputes nothing, and (`shared`) lets the conversations of a picture
+out of the graph, passes over LoRA's outputs fewer times, recomputes nothing, and (`shared`) lets the conversations of a picture
 share its tokens.
 
 The sides take turns, A B C … C B A, in one process with one number of threads. In the same run, the loss and every gradient

@@ -28,7 +28,7 @@ class DoraLayer(DoraLinearLayer):
         self.norm: Tensor | None = None  # float32[out], while `geochat.train.norms` holds it
 
     def forward(self, x: Tensor, *, base_result: Tensor | None = None, **parts: Any) -> Tensor:
-        """In training: the output itself, from x [..., in], dropped out, and W x + bias [..., out], overwritten."""
+        """In training: the output itself, from x [..., in], dropped out, and W x + bias [..., out]."""
         if not self.training or base_result is None:
             return super().forward(x, base_result=base_result, **parts)
         lora_a, lora_b, scaling, base = (
@@ -71,7 +71,7 @@ def weight_norm(base_layer: nn.Module, lora_a: nn.Module, lora_b: nn.Module, sca
 def use_held_norms(model: nn.Module) -> None:
     """Replace PEFT's DoRA layers by ours, in place; parameters and their names stay.
 
-    Their B must add in place: after `geochat.model.lora.use_fewer_passes`.
+    Their B must add: after `geochat.model.lora.use_fewer_passes`.
     """
     for layer in dora_layers(model):
         for name, magnitudes in layer.lora_magnitude_vector.items():

@@ -1,8 +1,8 @@
 """LoRA layers with fewer passes over their outputs while training.
 
 PEFT forms B A x, scales it and adds it to W x: three tensors as wide as the output, and one more for the gradient. Here
-the few columns of A x are scaled, and the product with B is added to W x where it lies. Under autocast PEFT also makes a
-float32 copy of x, for adapters of that type, only to have it rounded again for the product; that is left out. In
+the few columns of A x are scaled, and their product with B is added to W x as it is formed. Under autocast PEFT also
+makes a float32 copy of x, for adapters of that type, only to have it rounded again for the product; that is left out. In
 evaluation the layers are PEFT's own.
 """
 
@@ -35,7 +35,7 @@ class LoraLinear(lora.Linear):
 
 
 class AddingLinear(nn.Linear):
-    """A linear layer without bias that can add its result to a tensor in place.
+    """A linear layer without bias that can add its result to another tensor within the product.
 
     A module, not a function of its weight: ZeRO-3 and FSDP bring weights together where a module is called.
     """
@@ -47,13 +47,12 @@ class AddingLinear(nn.Linear):
         self.register_parameter("bias", None)
 
     def forward(self, low: Tensor, onto: Tensor | None = None) -> Tensor:
-        """low: [batch, n, in]; onto: [batch, n, out], overwritten, or None."""
+        """low: [batch, n, in]; onto: [batch, n, out] or None."""
         if onto is None:
             return super().forward(low)
         if onto.dim() != 3 or low.dtype != onto.dtype:
             return (onto + super().forward(low)).to(onto.dtype)
-        weight = self.weight.to(onto.dtype).t()  # autocast leaves operations in place alone
-        return onto.baddbmm_(low, weight.expand(len(onto), -1, -1))
+        return torch.baddbmm(onto, low, self.weight.t().expand(len(onto), -1, -1))
 
 
 def use_fewer_passes(model: nn.Module) -> None:

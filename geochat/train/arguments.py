@@ -161,7 +161,9 @@ class TrainingArguments(transformers.TrainingArguments):
     """Fill rows with several samples instead of padding each to the longest; none sees another."""
     bf16: bool = True
     """Where the hardware has it; float32 otherwise."""
-    gradient_checkpointing: str = "True"  # type: ignore[assignment]
+    gradient_checkpointing: str = field(  # type: ignore[assignment]
+        default="True", metadata={"nargs": "?", "const": "True"}
+    )
     """Compute activations a second time for the backward pass instead of keeping them: `True`, `False`, or `auto`: where
     the memory that is free when training begins would not hold them."""
     logging_steps: float = 10
@@ -384,7 +386,8 @@ def _show_in_help(arguments: type) -> None:
     for entry in fields(arguments):
         if entry.name in vars(arguments).get("__annotations__", {}):
             said = below.get(entry.name, "").replace("`", "").replace("%", "%%")
-            entry.metadata = MappingProxyType({"help": f"{said} (default: %(default)s)".strip()})
+            shown = f"{said} (default: %(default)s)".strip()
+            entry.metadata = MappingProxyType({**entry.metadata, "help": shown})
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

@@ -59,9 +59,9 @@ def test_longer_texts_and_larger_batches_need_more(
     assert found == {"eight": True, "parts": False}
 
 
-@pytest.mark.parametrize(("value", "again"), [("True", True), ("false", False)])
-def test_a_word_forces(value: str, again: bool, flags, tmp_path: Path) -> None:
-    argv = [*flags, "--gradient_checkpointing", value, "--output_dir", str(tmp_path)]
+@pytest.mark.parametrize(("value", "again"), [(["True"], True), (["false"], False), ([], True)])
+def test_a_word_forces(value: list[str], again: bool, flags, tmp_path: Path) -> None:
+    argv = [*flags, "--gradient_checkpointing", *value, "--output_dir", str(tmp_path)]
     assert prepare(parse_arguments(argv))[0].args.gradient_checkpointing is again
     assert checkpointing(tmp_path) == f"activations {'recomputed' if again else 'kept'}"
 
