@@ -15,7 +15,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch):
     """They import one another by their bare names."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("train_step", "dora", "gpu_step"):
+    for name in ("train_step", "dora", "gpu_sides", "gpu_step"):
         sys.modules.pop(name, None)
 
 
