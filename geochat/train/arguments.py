@@ -257,7 +257,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _check_kernels(self, cuda: bool) -> None:
         """Liger's kernels and torch.compile; the parent's own way with either replaces what the trainer relies on."""
-        if self.use_liger_kernel:
+        if self.use_liger_kernel and not self.dry_run:  # a plan is made for other machines
             if not cuda:
                 raise ValueError("--use_liger_kernel needs a GPU: its kernels are written in Triton")
             if find_spec("liger_kernel") is None:

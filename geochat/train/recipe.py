@@ -165,8 +165,8 @@ def rows_are(args: TrainingArguments) -> str:
 
 def checkpointing(args: TrainingArguments) -> str:
     """Whether activations are computed twice, and why where the flag left it open."""
-    does = "recomputed" if args.gradient_checkpointing else "kept"
-    return f"activations {does}{args.checkpointing_reason and ': '}{args.checkpointing_reason}"
+    does = f"activations {'recomputed' if args.gradient_checkpointing else 'kept'}"
+    return f"{does}: {args.checkpointing_reason}" if args.checkpointing_reason else does
 
 
 def precision(args: TrainingArguments) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from geochat.data.encode import IGNORE_INDEX
+from geochat.model.dora import dora_layers
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
@@ -84,11 +85,12 @@ class Trainer(ShardedTrainer):
     def __init__(self, *, base: nn.Module, saver: RunSaver, **kwargs: Any) -> None:
         if not any(parameter.requires_grad for parameter in base.model.vision_tower.parameters()):
             freeze_tower(base)
-        if kwargs[
-            "args"
-        ].compile_options:  # layer by layer: one graph serves all, and parameters keep their names
-            for layer in base.model.language_model.layers:
-                layer.compile(**kwargs["args"].compile_options)
+        args: TrainingArguments = kwargs["args"]
+        if args.compile_options:
+            for (
+                layer
+            ) in base.model.language_model.layers:  # one graph serves all; parameters keep their names
+                layer.compile(**args.compile_options)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
         self.attn_implementation, self.mask_dtype = base.config._attn_implementation, base.dtype
@@ -96,7 +98,8 @@ class Trainer(ShardedTrainer):
         self.saver = saver
         self.bad_samples: list[str] = []
         super().__init__(**kwargs)
-        if not self.is_fsdp_enabled:  # which has whole weights only while a block is computed
+        # FSDP has whole weights only while a block is computed.
+        if next(dora_layers(base), None) is not None and not self.is_fsdp_enabled:
             self.add_callback(StepNorms())
         # The parent hands the token count of the whole step over, and skips its own division by the accumulation,
         # exactly when this is set.
