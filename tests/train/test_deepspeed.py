@@ -21,6 +21,7 @@ everything = pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason=
 LORA = ["--tune_mm_mlp_adapter", "True", "--lora_dropout", "0"]
 FULL = ["--lora_enable", "False"]
 QLORA = [*LORA, "--bits", "4", "--vision_lora_r", "2"]
+DORA = [*LORA, "--use_dora", "True"]
 # Two samples in one part or in two, so that the processes have different numbers of parts.
 PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "True"]
 
@@ -35,8 +36,9 @@ PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "
         pytest.param(2, PARTS, marks=everything),
         pytest.param(3, PARTS, marks=everything),
         pytest.param(2, QLORA, marks=everything),
+        pytest.param(3, DORA, marks=everything),
     ],
-    ids=["zero3-lora", "zero2-lora", "zero3-full", "zero2-parts", "zero3-parts", "zero2-qlora"],
+    ids=["zero3-lora", "zero2-lora", "zero3-full", "zero2-parts", "zero3-parts", "zero2-qlora", "zero3-dora"],
 )
 def test_two_processes_take_the_steps_of_one(
     stage, kind, flags, start, finish, torchrun, tmp_path: Path
