@@ -99,5 +99,5 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
     [ -z "${VISION_TOWER:-}" ] || flags+=(--vision_tower "$VISION_TOWER")
     [ -z "${PROJECTOR:-}" ] || flags+=(--pretrain_mm_mlp_adapter "$PROJECTOR")
     [ "$zero" = none ] || flags+=(--deepspeed "$zero")
-    "${start[@]}" "${flags[@]}" "$@"
+    exec "${start[@]}" "${flags[@]}" "$@"  # the script's signals are the launcher's
 }

@@ -159,7 +159,10 @@ def test_the_script_trains(preset: str, started, tiny_records, free_port: int, t
     }
     variables |= {"VISION_TOWER": tower} if tower else {}
     if EVERYTHING:
-        variables |= {"GPUS": 2, "MASTER_PORT": free_port, "OMP_NUM_THREADS": 1}
+        launcher = (
+            "deepspeed" if preset == "geochat_lora_script" else "torchrun"
+        )  # as GeoChat's script has it
+        variables |= {"GPUS": 2, "MASTER_PORT": free_port, "LAUNCHER": launcher, "OMP_NUM_THREADS": 1}
     else:
         variables |= {"GPUS": 1, "LAUNCHER": "python", "ZERO": "none"}
     flags = ["--max_steps", "20", "--image_size", "84", "--logging_steps", "1", "--learning_rate", "3e-3"]

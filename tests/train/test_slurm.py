@@ -100,6 +100,7 @@ REAL = {
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
 def test_two_machines_train_and_resume_after_the_time_was_up(
     tmp_path: Path, tiny_base: Path, tiny_records, free_port: int
 ) -> None:
@@ -135,7 +136,7 @@ def test_two_machines_train_and_resume_after_the_time_was_up(
         )  # fmt: skip
 
     first = start(0)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while not (run / "checkpoint-5").exists():
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
