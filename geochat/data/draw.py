@@ -37,10 +37,10 @@ def draw_regions(
         labels: replaces the phrases, one for each entry of `regions`.
         truth: true regions or boxes, dashed in white beneath the others.
         min_side: a much smaller picture is enlarged by a whole factor to about this shorter side first, so that labels
-            stay readable.
+            stay readable; a narrow one by less, so that the longer side stays within eight times this.
     """
     canvas = image.convert("RGB")
-    scale = max(1, round(min_side / max(1, min(canvas.size))))
+    scale = max(1, min(round(min_side / max(1, min(canvas.size))), 8 * min_side // max(1, *canvas.size)))
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     stroke = max(2, round(min(canvas.size) / 220))
     font = _font(max(12, round(min(canvas.size) / 34)))
