@@ -23,7 +23,7 @@ from geochat.serve.pictures import save_picture
 from geochat.serve.raster import Crs, Scene, open_scene
 
 GEOJSON, OVERVIEW = "boxes.geojson", "overview.png"
-_LABELS = 100  # more would cover the overview
+_LABELS = 25  # more would cover the overview
 
 
 @dataclass(frozen=True)
