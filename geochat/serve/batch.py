@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.chat.request import Picture, Request
 from geochat.data.rows import Row, read_rows
 from geochat.data.staged import staged
@@ -34,7 +35,7 @@ class Item(Protocol):
 
 
 def ask_all(
-    chat: Chat,
+    chat: Chat | RemoteChat,
     items: Sequence[Item],
     query: str,
     folder: Path,
@@ -69,7 +70,9 @@ def ask_all(
     return rows
 
 
-def _ask(chat: Chat, items: Sequence[Item], query: str, decoding: dict[str, Any]) -> Iterator[Row]:
+def _ask(
+    chat: Chat | RemoteChat, items: Sequence[Item], query: str, decoding: dict[str, Any]
+) -> Iterator[Row]:
     requests: dict[str, Request] = {}
     errors: dict[str, ValueError] = {}
     for item in items:

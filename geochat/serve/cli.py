@@ -20,6 +20,7 @@ from typing import Any
 
 from geochat.chat.arguments import add_model_arguments, load_chat, number
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.data.rows import Row
 from geochat.errors import stop
 from geochat.serve.batch import ANSWERS
@@ -67,7 +68,7 @@ def ask_pictures(arguments: argparse.Namespace) -> int:
     output = _output(arguments, "--images")
     files = gather(arguments.images)
     chat = load_chat(arguments)
-    settings, decoding = _settings(arguments), _decoding(arguments)
+    settings, decoding = _settings(arguments, chat), _decoding(arguments)
     failures = answer_pictures(chat, files, arguments.query, output, settings, decoding)
     note(f"{len(files) - failures} of {len(files)} pictures answered: {output / ANSWERS}")
     return 1 if failures else 0
@@ -87,7 +88,7 @@ def ask_scene(arguments: argparse.Namespace) -> int:
         side=arguments.tile or _model_side(chat),
         overlap=arguments.overlap,
         crs=arguments.crs,
-        settings=_settings(arguments),
+        settings=_settings(arguments, chat),
         decoding=_decoding(arguments),
     )
     if found.limits is not None:
@@ -109,13 +110,17 @@ def _output(arguments: argparse.Namespace, mode: str) -> Path:
     return output
 
 
-def _model_side(chat: Chat) -> int:
+def _model_side(chat: Chat | RemoteChat) -> int:
+    if isinstance(chat, RemoteChat):
+        raise ValueError("an endpoint does not say what its model sees: give the side, as in --tile 504")
     return chat.processor.image_size
 
 
-def _settings(arguments: argparse.Namespace) -> Row:
+def _settings(arguments: argparse.Namespace, chat: Chat | RemoteChat) -> Row:
     """What makes answers those of another run."""
-    return {"model": str(arguments.model_path), "decoding": _decoding(arguments)}
+    remote = isinstance(chat, RemoteChat)
+    model = f"{chat.model} at {arguments.endpoint}" if remote else str(arguments.model_path)
+    return {"model": model, "decoding": _decoding(arguments)}
 
 
 def _decoding(arguments: argparse.Namespace) -> dict[str, Any]:

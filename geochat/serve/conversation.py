@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.chat.request import Request
 from geochat.data.boxes import parse_boxes, parse_regions, to_geojson
 from geochat.data.draw import draw_regions
@@ -35,7 +36,7 @@ Ctrl-C stops an answer. An empty line ends."""
 class Session:
     """The picture, what was said, and where drawings go."""
 
-    chat: Chat
+    chat: Chat | RemoteChat
     source: str | None
     image: Image.Image | None
     save_image: Path | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.data.boxes import parse_regions
 from geochat.data.draw import draw_regions
 from geochat.data.images import open_image
@@ -42,7 +43,12 @@ class PictureFile:
 
 
 def answer_pictures(
-    chat: Chat, files: Sequence[Path], query: str, output: Path, settings: Row, decoding: dict[str, Any]
+    chat: Chat | RemoteChat,
+    files: Sequence[Path],
+    query: str,
+    output: Path,
+    settings: Row,
+    decoding: dict[str, Any],
 ) -> int:
     """Answers in `output`/answers.jsonl and a drawing per picture, NAME.png. Returns how many failed."""
     rows = ask_all(chat, [PictureFile(file, output) for file in files], query, output, settings, decoding)

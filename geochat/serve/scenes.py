@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.data.boxes import Box, Region
 from geochat.data.draw import draw_regions
 from geochat.data.geojson import feature_collection, polygon_feature
@@ -59,7 +60,7 @@ class Found:
 
 
 def detect(
-    chat: Chat,
+    chat: Chat | RemoteChat,
     path: Path,
     query: str,
     output: Path,
