@@ -1,10 +1,13 @@
-"""Reading rows of results: JSON Lines or a JSON array, with line-numbered errors."""
+"""Rows of results: read from JSON Lines or a JSON array with line-numbered errors, written as JSON Lines."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from geochat.data.staged import staged
 
 Row = dict[str, Any]
 
@@ -40,3 +43,18 @@ def read_rows(path: str | Path, torn_end: bool = False) -> list[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
     return [row for _, row in numbered]
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """JSON Lines; the file appears when it is complete."""
+    with staged(Path(path)) as unfinished, open_rows(unfinished, "w") as file:
+        file.writelines(map(row_line, rows))
+
+
+def open_rows(path: Path, mode: str) -> IO[str]:
+    """A file for the lines of `row_line`; a lone surrogate in a model's words stays valid JSON."""
+    return path.open(mode, encoding="utf-8", errors="backslashreplace")
+
+
+def row_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

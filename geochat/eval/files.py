@@ -1,4 +1,4 @@
-"""Reading rows and writing results: no half-written file."""
+"""Writing results, and rows by their ids: no half-written file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from geochat.data.rows import Row, read_rows
+from geochat.data.rows import Row, read_rows, write_rows
 from geochat.data.staged import staged
 
-__all__ = ["Row", "read_json", "read_rows", "write_bytes", "write_json", "write_rows", "write_text"]
+__all__ = [
+    "Row",
+    "index_by_id",
+    "read_json",
+    "read_rows",
+    "with_ids",
+    "write_bytes",
+    "write_json",
+    "write_rows",
+    "write_text",
+]
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -20,10 +30,6 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))  # a lone surrogate stays valid JSON
-
-
-def write_rows(path: str | Path, rows: list[Row]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -37,3 +43,24 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise ValueError(f"{path}: not a JSON file") from None
+
+
+def with_ids(rows: list[Row], column: str) -> list[Row]:
+    """The rows with `question_id`, where they have none from another column; "" for no other."""
+    return [
+        row if "question_id" in row or column not in row else {**row, "question_id": row[column]}
+        for row in rows
+    ]
+
+
+def index_by_id(rows: list[Row], source: str) -> dict[str, Row]:
+    """Rows by `question_id` as text. ValueError when an id is missing or occurs twice."""
+    index: dict[str, Row] = {}
+    for number, row in enumerate(rows, 1):
+        if row.get("question_id") is None:
+            raise ValueError(f"{source}: row {number} has no question_id")
+        key = str(row["question_id"])
+        if key in index:
+            raise ValueError(f"{source}: row {number}: question_id {key!r} occurs twice")
+        index[key] = row
+    return index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,7 @@ from tqdm import tqdm
 from geochat.chat.engine import Chat
 from geochat.chat.remote import RemoteChat
 from geochat.chat.request import Picture, Request
-from geochat.data.rows import Row, read_rows
-from geochat.data.staged import staged
+from geochat.data.rows import Row, open_rows, read_rows, row_line, write_rows
 
 ANSWERS, PARTIAL = "answers.jsonl", "answers.partial.jsonl"
 _AT_ONCE = 32
@@ -52,20 +50,20 @@ def ask_all(
     done = _resume(folder, asked)
     left = [item for item in items if item.name not in done]
     unfinished = folder / PARTIAL
-    _write(unfinished, done.values())  # without the failures and a torn last line
+    write_rows(unfinished, done.values())  # without the failures and a torn last line
     with (
-        unfinished.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        open_rows(unfinished, "a") as file,
         tqdm(total=len(items), initial=len(items) - len(left), unit="picture") as bar,
     ):
         for start in range(0, len(left), _AT_ONCE):
             for row in _ask(chat, left[start : start + _AT_ONCE], query, decoding):
                 done[row["name"]] = {**row, **asked}
-                file.write(_line(done[row["name"]]))
+                file.write(row_line(done[row["name"]]))
                 bar.update()
             file.flush()
             os.fsync(file.fileno())
     rows = [done[item.name] for item in items]
-    _write(folder / ANSWERS, rows)
+    write_rows(folder / ANSWERS, rows)
     unfinished.unlink()
     return rows
 
@@ -105,12 +103,3 @@ def _resume(folder: Path, asked: Row) -> dict[str, Row]:
                     "choose another --output"
                 )
     return {row["name"]: row for row in rows if row["error"] is None}
-
-
-def _write(path: Path, rows: Any) -> None:
-    with staged(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(map(_line, rows))
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
