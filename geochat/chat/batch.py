@@ -21,8 +21,10 @@ from geochat.chat.prefixes import Prefix, Prefixes, longest, shared_tokens
 from geochat.chat.request import Prompt
 from geochat.chat.sampling import Sampler, choose
 
-PASS_TOKENS = 8192
-"""Tokens of prompts in one pass through the model, padding included."""
+PASS_TOKENS = {"cpu": 1024}
+MOST_PASS_TOKENS = 8192
+"""Tokens of prompts in one pass through the model, padding included. A CPU does not compute faster what is wider, and its
+caches hold less."""
 
 
 @dataclass(eq=False)
@@ -111,7 +113,7 @@ class Batch:
             ]  # none of them may go meanwhile
             sound = [row for row in rows if self._readable(row, held)]
             leaders, followers = self._sort(sound, held)
-            for part in _passes(leaders, [len(row.prompt.ids) for row in leaders]):
+            for part in self._passes(leaders, [len(row.prompt.ids) for row in leaders]):
                 self._begin(part)
                 held += [row.prefix for row in part]
             for row in followers:
@@ -119,7 +121,7 @@ class Batch:
                 assert found, "a row follows a prefix that is held, or a leader's"
                 row.prefix, row.shared = found
                 self._prefixes.use(row.prefix)
-            for part in _passes(followers, [len(row.prompt.ids) - row.shared for row in followers]):
+            for part in self._passes(followers, [len(row.prompt.ids) - row.shared for row in followers]):
                 self._follow(part)
             return [row for row in rows if row not in sound] + self._leave()
 
@@ -170,6 +172,20 @@ class Batch:
         except ValueError as error:
             row.error = error
         return row.error is None
+
+    def _passes(self, rows: Sequence[Row], lengths: Sequence[int]) -> Iterator[list[Row]]:
+        """Neighbours together, as many as one pass may hold."""
+        most = PASS_TOKENS.get(self._model.device.type, MOST_PASS_TOKENS)
+        part: list[Row] = []
+        width = 0
+        for row, length in zip(rows, lengths, strict=True):
+            if part and max(width, length) * (len(part) + 1) > most:
+                yield part
+                part, width = [], 0
+            part.append(row)
+            width = max(width, length)
+        if part:
+            yield part
 
     def _begin(self, rows: list[Row]) -> None:
         """Prompts of which nothing is known: computed whole, padded on the right, where causal attention sees none of it."""
@@ -259,17 +275,3 @@ class Batch:
         ]
         signature = np.concatenate([row.prompt.signature, np.array(row.ids, dtype=np.int64)])
         return Prefix(signature[: row.shared + row.length], layers)
-
-
-def _passes(rows: Sequence[Row], lengths: Sequence[int]) -> Iterator[list[Row]]:
-    """Neighbours together, as many as one pass may hold."""
-    part: list[Row] = []
-    width = 0
-    for row, length in zip(rows, lengths, strict=True):
-        if part and max(width, length) * (len(part) + 1) > PASS_TOKENS:
-            yield part
-            part, width = [], 0
-        part.append(row)
-        width = max(width, length)
-    if part:
-        yield part
