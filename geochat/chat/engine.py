@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from geochat.chat.batch import Batch, Row
+from geochat.chat.batch import Batch
 from geochat.chat.pictures import Pictures
 from geochat.chat.prefixes import Prefixes
 from geochat.chat.request import Prompt, Request
+from geochat.chat.rows import Row
 from geochat.chat.runtime import default_dtype, free_bytes, pick_device, token_bytes
 from geochat.chat.sampling import Settings
 from geochat.chat.text import Answer, Pieces, decode
