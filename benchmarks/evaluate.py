@@ -65,9 +65,9 @@ def main() -> None:
 
 
 def draw_question(random: np.random.Generator) -> str:
-    """Some 36 tokens after the picture, as RSVQA's questions with their instruction take with Vicuna's tokenizer."""
-    words = random.choice(["road", "ship", "house", "river", "field", "square"], int(random.integers(2, 7)))
-    return f"Is there a {' '.join(words)} in the image? Answer with a single word."
+    """Some 36 tokens after the picture: what an RSVQA question and its instruction take with Vicuna's tokenizer."""
+    words = random.choice(["road", "ship", "house", "river", "field", "square"], int(random.integers(7, 18)))
+    return f"Is there a {' '.join(words)} in the image? Answer the question using a single word or phrase."
 
 
 def compare(chat: Chat, requests: list[Request], questions: int, tokens: int, rounds: int) -> None:

@@ -151,7 +151,7 @@ def test_an_unreadable_picture_ends_its_own_questions_alone(
 def test_what_one_pass_holds_is_bounded(
     chat: Chat, requests: list[Request], computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PASS_TOKENS", 300)
+    monkeypatch.setitem(module.PASS_TOKENS, "cpu", 300)
     fresh = Chat(chat.model, chat.processor)
     answers = fresh.answer(requests, max_new_tokens=4)
     longest = max(len(chat.row(request, Settings()).prompt.ids) for request in requests)
