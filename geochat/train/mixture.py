@@ -111,6 +111,10 @@ class Mixture(Dataset):
             raise ValueError(f"{library.sources[0].entry}: its weight leaves no sample of {len(rows)} rows")
         return mixture
 
+    @property
+    def processor(self) -> Processor:
+        return self.library.datasets[0].processor
+
     def __len__(self) -> int:
         return len(self.rows)
 

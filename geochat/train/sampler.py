@@ -20,9 +20,9 @@ class EpochSampler(Sampler[int]):
     """All indices in an order that a resumed run sees again: it depends on seed and epoch alone, and where samples are
     grouped on the batch, whatever the number of processes.
 
-    lengths: words per sample, negative without an image (InstructionDataset.lengths); None shuffles only.
+    lengths: words per sample, negative without an image (Mixture.lengths); None shuffles only.
     batch: samples that one optimizer step takes over all processes.
-    images: number of each sample's image, -1 without one (InstructionDataset.images): samples of an image then come in
+    images: number of each sample's image, -1 without one (Mixture.images): samples of an image then come in
         the same micro-batch of one process.
     micro_batch: samples that one micro-step takes in one process; needed with `images`.
     """
