@@ -87,7 +87,13 @@ class RemoteChat:
 
         Raises ConnectionError when the server is gone, or knows neither model nor key.
         """
-        return list(self._results(requests, Settings(**settings), batch_size))
+        return [result for _, result in self.results(requests, batch_size=batch_size, **settings)]
+
+    def results(
+        self, requests: Sequence[Request], *, batch_size: int = 16, **settings: Any
+    ) -> Iterator[tuple[int, Answer | ValueError]]:
+        """As `answer_each`, each with the index of its request, as they come."""
+        yield from enumerate(self._results(requests, Settings(**settings), batch_size))
 
     def stream(
         self,
