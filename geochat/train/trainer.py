@@ -152,14 +152,26 @@ class Trainer(ShardedTrainer):
         """Raises: LossError when the loss is NaN or infinite, before the optimizer uses its gradients."""
         sources = inputs.pop("sources", [])
         loss = self._forward_and_backward(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):  # here, not before: the device has the backward pass to do meanwhile
+        # Here, not before: the device has the backward pass to do meanwhile.
+        if broken := self._broken(loss, sources):
             kept = checkpoints(Path(self.args.output_dir))
             raise LossError(
-                f"the loss of step {self.state.global_step + 1} is {float(loss):g} with the samples "
-                f"{', '.join(sources)}; {f'{kept[-1].name} is intact' if kept else 'nothing was saved yet'}: look "
-                "at these samples, or resume with a lower --learning_rate"
+                f"the loss of step {self.state.global_step + 1} is {' and '.join(broken)}; "
+                f"{f'{kept[-1].name} is intact' if kept else 'nothing was saved yet'}: look at these samples, or resume "
+                "with a lower --learning_rate"
             )
         return loss
+
+    def _broken(self, loss: torch.Tensor, sources: list[str]) -> list[str]:
+        """Losses that are no numbers, with their samples, of all processes: gradients are spoilt for every one."""
+        mine = "" if torch.isfinite(loss) else f"{float(loss):g} with the samples {', '.join(sources)}"
+        if self.args.world_size == 1:
+            return [mine] if mine else []
+        if not self._most(len(mine)):
+            return []
+        found = [""] * self.args.world_size
+        dist.all_gather_object(found, mine)
+        return [each for each in found if each]
 
     def _forward_and_backward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -186,10 +198,11 @@ class Trainer(ShardedTrainer):
             state._set_sync_gradients(syncs)
         return total
 
-    def _most(self, parts: int) -> int:
+    def _most(self, mine: int) -> int:
+        """The largest number of all processes."""
         if not (dist.is_available() and dist.is_initialized()):
-            return parts
-        count = torch.tensor(parts, device=self.args.device)
+            return mine
+        count = torch.tensor(mine, device=self.args.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return int(count)
 
