@@ -47,6 +47,7 @@ from geochat.train.recipe import (
     unfreeze_tower,
     zero_stage,
 )
+from geochat.train.recompute import choose_recomputation
 from geochat.train.saving import (
     Kind,
     RunSaver,
@@ -102,6 +103,8 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     eval_set = (
         open_dataset(data_args.eval_data_path, processor, arguments) if data_args.eval_data_path else None
     )
+    if args.checkpointing_is_open:
+        choose_recomputation(model, base, train_set, model_args, args)
     if args.process_index == 0:
         say(arguments, describe(model, processor, arguments, samples=len(train_set)), resume)
     trainer = Trainer(

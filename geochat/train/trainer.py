@@ -14,9 +14,11 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from geochat.data.encode import IGNORE_INDEX
+from geochat.model.dora import dora_layers
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.norms import StepNorms
 from geochat.train.packing import attention_mask, nothing
 from geochat.train.recipe import parameter_groups
 from geochat.train.sampler import EpochSampler
@@ -83,6 +85,12 @@ class Trainer(ShardedTrainer):
     def __init__(self, *, base: nn.Module, saver: RunSaver, **kwargs: Any) -> None:
         if not any(parameter.requires_grad for parameter in base.model.vision_tower.parameters()):
             freeze_tower(base)
+        args: TrainingArguments = kwargs["args"]
+        if args.compile_options:
+            for (
+                layer
+            ) in base.model.language_model.layers:  # one graph serves all; parameters keep their names
+                layer.compile(**args.compile_options)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
         self.attn_implementation, self.mask_dtype = base.config._attn_implementation, base.dtype
@@ -90,6 +98,9 @@ class Trainer(ShardedTrainer):
         self.saver = saver
         self.bad_samples: list[str] = []
         super().__init__(**kwargs)
+        # FSDP has whole weights only while a block is computed.
+        if next(dora_layers(base), None) is not None and not self.is_fsdp_enabled:
+            self.add_callback(StepNorms())
         # The parent hands the token count of the whole step over, and skips its own division by the accumulation,
         # exactly when this is set.
         self.model_accepts_loss_kwargs = self.args.loss_normalization == "token"

@@ -22,6 +22,7 @@ everything = pytest.mark.skipif(not EVERYTHING, reason="GEOCHAT_ALL_TESTS=1 runs
 LORA = ["--tune_mm_mlp_adapter", "True", "--lora_dropout", "0"]
 FULL = ["--lora_enable", "False"]
 QLORA = [*LORA, "--bits", "4", "--vision_lora_r", "2"]
+DORA = [*LORA, "--use_dora", "True"]
 # Two samples in one part or in two, so that the processes have different numbers of parts.
 PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "True"]
 
@@ -36,6 +37,7 @@ PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "
         pytest.param(2, PARTS, marks=everything),
         pytest.param(3, PARTS, marks=everything),
         pytest.param(2, QLORA, marks=everything),
+        pytest.param(3, DORA, marks=everything),
         pytest.param("3_offload", LORA, marks=everything),
     ],
     ids=[
@@ -45,6 +47,7 @@ PARTS = [*LORA, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "
         "zero2-parts",
         "zero3-parts",
         "zero2-qlora",
+        "zero3-dora",
         "offload-lora",
     ],
 )

@@ -50,6 +50,25 @@ def test_two_processes_and_a_resume_on_one_take_the_same_steps(
 
 
 @pytest.mark.slow
+def test_fsdp_computes_in_parts(flags, start, finish, torchrun, tmp_path: Path) -> None:
+    """The processes have different numbers of parts; DoRA finds its norms while a block is whole."""
+    run = [
+        *flags,
+        "--max_tokens_per_micro_batch",
+        "100",
+        "--share_image_prefix",
+        "True",
+        "--use_dora",
+        "True",
+    ]
+    run += ["--lora_dropout", "0", "--num_train_epochs", "2", "--global_batch_size", "4"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start([*run, "--output_dir", str(one)]))
+    finish(start([*run, "--fsdp", "True", "--output_dir", str(two)], torchrun))
+    close(two / WEIGHTS, one / WEIGHTS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=everything)])
 def test_fsdp_takes_the_steps_of_one_process_and_resumes(
     kind: str, flags, start, finish, on_processes, tmp_path: Path
