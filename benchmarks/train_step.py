@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="one side more: --torch_compile, warm")
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one")
     args = parser.parse_args(argv)
     seed = time.time_ns() % 2**32 if args.seed is None else args.seed
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     model = adapted(build(args.hidden, args.layers))
     samples = draw(np.random.default_rng(seed), args.images, args.questions)
     with tempfile.TemporaryDirectory() as folder:
-        sides = make_sides(model, samples, Path(folder))
+        sides = make_sides(model, samples, Path(folder), compiled=args.compile)
         results = {name: step() for name, step in sides.items()}  # warm-up, and what must agree
         compare(results)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
@@ -137,16 +138,12 @@ Result = tuple[float, dict[str, torch.Tensor], float]
 Step = Callable[[], Result]
 
 
-def make_sides(model: PeftModel, samples: list[dict[str, Any]], folder: Path) -> dict[str, Step]:
+def make_sides(
+    model: PeftModel, samples: list[dict[str, Any]], folder: Path, *, compiled: bool = False
+) -> dict[str, Step]:
     """Every side as a function: one forward and backward pass → loss, gradients, counted operations."""
     padded = Collator(PAD)(samples)
     shared = PackingCollator(PAD, IMAGE, share=True)(samples)
-    own = copy.deepcopy(model)
-    use_fewer_passes(own)
-    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, gradient_checkpointing="False")
-    trainer = Trainer(
-        base=own.get_base_model(), saver=None, model=own, args=arguments, data_collator=Collator(PAD)  # type: ignore[arg-type]
-    )  # fmt: skip
 
     def peer(recompute: bool) -> Step:
         def step() -> Result:
@@ -167,7 +164,16 @@ def make_sides(model: PeftModel, samples: list[dict[str, Any]], folder: Path) ->
 
         return step
 
-    def ours(batch: dict[str, torch.Tensor]) -> Step:
+    def ours(batch: dict[str, torch.Tensor], compiled: bool = False) -> Step:
+        own = copy.deepcopy(model)
+        use_fewer_passes(own)
+        arguments = TrainingArguments(
+            output_dir=str(folder), use_cpu=True, gradient_checkpointing="False", torch_compile=compiled
+        )
+        trainer = Trainer(
+            base=own.get_base_model(), saver=None, model=own, args=arguments, data_collator=Collator(PAD)  # type: ignore[arg-type]
+        )  # fmt: skip
+
         def step() -> Result:
             loss = trainer.compute_loss(own.train(), batch)
             loss.backward()
@@ -176,6 +182,8 @@ def make_sides(model: PeftModel, samples: list[dict[str, Any]], folder: Path) ->
         return step
 
     sides = {"peer": peer(True), "peer, kept": peer(False), "geochat": ours(padded)}
+    if compiled:
+        sides["compiled"] = ours(padded, compiled=True)
     if len(shared["input_ids"]) < len(samples):
         sides["shared"] = ours(shared)
     return sides

@@ -37,6 +37,7 @@ def test_a_dora_step(benchmarks, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("DoRA here") == printed.count("DoRA of PEFT") == 2
 
 
+@pytest.mark.slow
 def test_the_gpu_step_without_one(benchmarks, capsys: pytest.CaptureFixture[str]) -> None:
     import gpu_step
 
