@@ -275,7 +275,8 @@ class Trainer(ShardedTrainer):
         """The first process asks, the others wait for what it has found."""
         found: list[dict[str, float]] = [{}]
         if self.args.process_index == 0:
-            with self.accelerator.autocast():
+            # Chat keeps keys and values in the type of the weights: those in float32 are asked as they are.
+            with nullcontext() if self.mask_dtype == torch.float32 else self.accelerator.autocast():
                 found = [validation.look(self.model, self.state.global_step)]
         if self.args.world_size > 1:
             dist.broadcast_object_list(found)
