@@ -31,7 +31,7 @@ from geochat.data.phrases import DESCRIBE
 from geochat.data.rows import read_rows
 from geochat.data.synthetic import draw_scene
 from geochat.data.tiles import tile_scene
-from geochat.eval.metrics import match_boxes
+from geochat.eval.boxes import match_boxes
 from geochat.serve import cli
 from geochat.serve.batch import ANSWERS
 from geochat.serve.scenes import GEOJSON

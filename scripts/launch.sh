@@ -3,8 +3,8 @@
 #
 # Environment:
 #   MODEL         LLM folder, LLaVA-1.5 folder, or model folder of geochat (llava-hf layout)        required
-#   DATA          instruction file, JSON or JSONL                                                   required
-#   IMAGES        folder of its images                                                              required
+#   DATA          instruction file, JSON or JSONL, or mixture file, YAML                            required
+#   IMAGES        folder of its images                               required, but for a mixture that names them
 #   OUTPUT        folder of the run                                                                 required
 #   VISION_TOWER  CLIP folder; needed when MODEL neither holds its tower nor names one on this disk
 #   PROJECTOR     projector file that replaces the model's own
@@ -58,7 +58,10 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
     shift 2
     need MODEL d "folder of the model to start from"
     need DATA f "instruction file"
-    need IMAGES d "folder of the images it names"
+    case "$DATA${IMAGES:-}" in
+        *.yaml | *.yml) ;;  # each of its entries names a folder
+        *) need IMAGES d "folder of the images it names" ;;
+    esac
     [ -n "${OUTPUT:-}" ] || fail "OUTPUT is not set: folder of the run. Example: OUTPUT=runs/first bash $0"
     [ -z "${VISION_TOWER:-}" ] || need VISION_TOWER d "CLIP folder"
     [ -z "${PROJECTOR:-}" ] || need PROJECTOR f "projector file"
@@ -94,8 +97,9 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
         plan) start=(python -m geochat.train.train) ;;
         *) fail "LAUNCHER=$LAUNCHER: choose torchrun, deepspeed or python" ;;
     esac
-    flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES" --output_dir "$OUTPUT"
+    flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --output_dir "$OUTPUT"
         --global_batch_size "$global" --per_device_train_batch_size "$micro")
+    [ -z "${IMAGES:-}" ] || flags+=(--image_folder "$IMAGES")
     [ -z "${VISION_TOWER:-}" ] || flags+=(--vision_tower "$VISION_TOWER")
     [ -z "${PROJECTOR:-}" ] || flags+=(--pretrain_mm_mlp_adapter "$PROJECTOR")
     [ "$zero" = none ] || flags+=(--deepspeed "$zero")

@@ -7,8 +7,7 @@ An answer does not depend on what else is in the batch. Beginnings that prompts 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,14 @@ from geochat.chat.pictures import Pictures
 from geochat.chat.prefixes import Prefix, Prefixes, longest, shared_tokens
 from geochat.chat.request import Prompt
 from geochat.chat.rows import Row, passes
+from geochat.chat.runtime import lock_of
 from geochat.chat.sampling import choose
 
 PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of prompts in one pass through the model, padding included. A CPU does not compute faster what is wider, and its
 caches hold less."""
+LOOK_AHEAD = 256
+"""Coming rows among which pictures to read are looked for."""
 
 
 class Batch:
@@ -36,17 +38,15 @@ class Batch:
         prefixes: Prefixes,
         stops: Sequence[int],
         silent: Sequence[int],
-        lock: threading.RLock,
     ) -> None:
         """
         Args:
             model: a LlavaForConditionalGeneration.
             stops: tokens that end an answer.
             silent: tokens that are never said.
-            lock: held while the model works.
         """
         self.rows: list[Row] = []
-        self._lock = lock
+        self._lock = lock_of(model)
         self._model, self._language = model, model.model.language_model
         self._pictures, self._prefixes = pictures, prefixes
         self._stops = frozenset(stops)
@@ -79,12 +79,16 @@ class Batch:
                 chosen.append(row)
         return chosen
 
-    def admit(self, rows: Sequence[Row]) -> list[Row]:
-        """Take rows in and choose their first tokens. Returns those that ended with it, or cannot be asked (`error`)."""
+    def admit(self, rows: Sequence[Row], coming: Iterable[Row] = ()) -> list[Row]:
+        """Take rows in and choose their first tokens. Returns those that ended with it, or cannot be asked (`error`).
+
+        `coming`: rows of which the next will be; their pictures are read meanwhile.
+        """
         with self._lock, torch.inference_mode():
-            held = [
-                found[0] for row in rows if (found := self._find(row.prompt))
-            ]  # none of them may go meanwhile
+            ahead = itertools.islice(coming, LOOK_AHEAD)
+            self._pictures.read(self._unknown(rows), self._unknown(ahead))
+            # None of the prefixes may go meanwhile.
+            held = [found[0] for row in rows if (found := self._find(row.prompt))]
             sound = [row for row in rows if self._readable(row, held)]
             leaders, followers = self._sort(sound, held)
             for part in passes(leaders, self._pass_tokens):
@@ -117,16 +121,15 @@ class Batch:
                 self._own.move(last, place)
             self.rows.pop()
 
-    def read_ahead(self, rows: Iterable[Row]) -> None:
-        """Begin to read the pictures of rows that come next."""
-        with self._lock:
-            self._pictures.read_ahead(row.prompt for row in rows if not self._find(row.prompt))
-
     # -- prompts --------------------------------------------------------------------------------------------------
 
     def _find(self, prompt: Prompt, held: Sequence[Prefix] = ()) -> tuple[Prefix, int] | None:
         running = {id(row.prefix): row.prefix for row in self.rows}
         return longest(prompt.signature, [*self._prefixes.kept, *running.values(), *held])
+
+    def _unknown(self, rows: Iterable[Row]) -> Iterator[Prompt]:
+        """Prompts that go on from no prefix."""
+        return (row.prompt for row in rows if not self._find(row.prompt))
 
     def _sort(self, rows: Sequence[Row], held: Sequence[Prefix]) -> tuple[list[Row], list[Row]]:
         """Those whose prompts are computed whole, and those that will find a prefix once these are."""

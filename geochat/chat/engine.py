@@ -5,7 +5,6 @@ Answers do not depend on what else is in the batch, nor on what was asked before
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -59,7 +58,6 @@ class Chat:
         if prefix_bytes is None:
             prefix_bytes = free_bytes(self.model.device) // 8
         self._prefixes = Prefixes(prefix_bytes)
-        self._lock = threading.RLock()
         self._stops = self._stop_ids()
         self._silent = self._silent_ids()
 
@@ -170,7 +168,7 @@ class Chat:
 
     def batch(self) -> Batch:
         """An empty batch of this model."""
-        return Batch(self.model, self._pictures, self._prefixes, self._stops, self._silent, self._lock)
+        return Batch(self.model, self._pictures, self._prefixes, self._stops, self._silent)
 
     def row(self, request: Request, settings: Settings, *, index: int = 0, keep: bool = False) -> Row:
         """A request as a row of a batch. Raises ValueError when it cannot be asked."""
@@ -226,8 +224,7 @@ class Chat:
                 arriving = batch.fitting(waiting, most, tokens)
                 for _ in arriving:
                     waiting.popleft()
-                batch.read_ahead(waiting)
-                yield from batch.admit(arriving)
+                yield from batch.admit(arriving, waiting)
             yield from batch.step()
 
     def _stop_ids(self) -> list[int]:

@@ -29,15 +29,20 @@ class Pictures:
         self._pixels: dict[str, Future[torch.Tensor]] = {}
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="pictures")
 
-    def read_ahead(self, prompts: Iterable[Prompt]) -> None:
-        """Begin to read the pictures of the next prompts, as many as may wait; what else was read is forgotten."""
+    def read(self, now: Iterable[Prompt], ahead: Iterable[Prompt]) -> None:
+        """Begin to read the pictures of these prompts, and of those that come next as many as may wait. What else was read
+        is forgotten."""
         wanted: set[str] = set()
-        for prompt in prompts:
+        for prompt in now:
             wanted |= set(prompt.images)
             self._read(prompt.needed())
-            if len(wanted) >= AHEAD:
+        waiting: set[str] = set()
+        for prompt in ahead:
+            if len(waiting) >= AHEAD:
                 break
-        self._pixels = {key: pixels for key, pixels in self._pixels.items() if key in wanted}
+            waiting |= set(prompt.images) - wanted
+            self._read(prompt.needed())
+        self._pixels = {key: pixels for key, pixels in self._pixels.items() if key in wanted | waiting}
 
     def check(self, needed: Sequence[Keyed]) -> None:
         """Raises ValueError with the reason when one of these pictures cannot be read."""

@@ -32,10 +32,13 @@ def shared_tokens(one: np.ndarray, other: np.ndarray) -> int:
     Less (a system sentence, mostly) is sooner computed again than looked at apart from the rest of the prompt. The last
     token of `one` never counts: what follows the prompt is computed from it.
     """
+    half = (len(one) + 1) // 2
+    if len(other) < half or one[half - 1] != other[half - 1]:  # most pairs end here: another picture
+        return 0
     length = min(len(one) - 1, len(other))
     different = np.flatnonzero(one[:length] != other[:length])
     shared = int(different[0]) if len(different) else length
-    return shared if 2 * shared >= len(one) else 0
+    return shared if shared >= half else 0
 
 
 def longest(signature: np.ndarray, prefixes: Iterable[Prefix]) -> tuple[Prefix, int] | None:
@@ -46,6 +49,10 @@ def longest(signature: np.ndarray, prefixes: Iterable[Prefix]) -> tuple[Prefix, 
         default=None,
     )
     return found if found and found[1] else None
+
+
+MOST_KEPT = 256
+"""Prefixes kept where memory allows for more: every prompt is compared with all of them."""
 
 
 class Prefixes:
@@ -69,7 +76,7 @@ class Prefixes:
         ]
         self.kept.append(prefix)
         size = self.nbytes
-        while size > self.limit:
+        while size > self.limit or len(self.kept) > MOST_KEPT:
             size -= self.kept.pop(0).nbytes
 
     def use(self, prefix: Prefix) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
@@ -27,6 +29,14 @@ def default_dtype(device: str) -> torch.dtype:
         return torch.float32
     wide = device.startswith("cuda") and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if wide else torch.float16
+
+
+_LOCKS: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
+
+
+def lock_of(model: Any) -> threading.RLock:
+    """The model's own lock, held while it works: decoding changes its configuration for the time of a pass."""
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -164,9 +164,8 @@ class Service:
         """The next ticket, if there is room for it."""
         with self._changed:
             order = self._queue()
-            rows = [ticket.row for ticket in order]
-            self._batch.read_ahead(rows)
-            if not self._batch.fitting(rows[:1], self._batch_size, self._token_budget):
+            rows = [ticket.row for ticket in order[:1]]
+            if not self._batch.fitting(rows, self._batch_size, self._token_budget):
                 return None
             self._waiting.remove(order[0])
             self._running.append(order[0])
@@ -174,7 +173,9 @@ class Service:
 
     def _admit(self, ticket: Ticket) -> None:
         try:
-            ended = self._batch.admit([ticket.row])
+            with self._changed:
+                coming = [other.row for other in self._queue()]
+            ended = self._batch.admit([ticket.row], coming)
         except Exception as error:  # whatever it is, it is this request's
             self._fail(ticket, error)
         else:

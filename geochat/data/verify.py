@@ -1,6 +1,7 @@
 """Check an instruction file before training on it.
 
     python -m geochat.data.verify FILE --image-folder DIR [--workers N] [--json REPORT.json]
+    python -m geochat.data.verify MIXTURE.yaml
 
 Every record is read as training reads it and every image is opened and decoded once. The report lists, by row:
 records that are malformed, images that are missing, unreadable or truncated, wrong numbers of `<image>`, boxes out of
@@ -18,11 +19,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from geochat.data.boxes import box_faults
 from geochat.data.images import open_image
+from geochat.data.mixture import Source, describe, read_sources
 from geochat.data.pool import process_pool
 from geochat.data.sample import IMAGE_TOKEN, ImageCountError, Sample
 from geochat.data.staged import staged
@@ -152,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m geochat.data.verify", description="Check an instruction file before training on it."
     )
-    parser.add_argument("file", type=Path, help="JSON array or JSON Lines of conversation records")
+    parser.add_argument(
+        "file", type=Path, help="JSON array or JSON Lines of conversation records, or a mixture file"
+    )
     parser.add_argument(
         "--image-folder", type=Path, help="folder of the images; without it only records are checked"
     )
@@ -167,24 +172,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(argv)
     try:
-        rows, problems = verify(
-            options.file,
-            options.image_folder,
-            decode=not options.no_decode,
-            workers=options.workers,
-            progress=not options.quiet,
-        )
+        sources = read_sources([options.file], [options.image_folder] if options.image_folder else [])
+        found = [
+            verify(
+                source.path,
+                source.image_folder,
+                decode=not options.no_decode,
+                workers=options.workers,
+                progress=not options.quiet,
+            )
+            for source in sources
+        ]
         if options.json:
-            _write_json(options.json, options.file, rows, problems)
+            _write_json(options.json, options.file, sources, found)
     except (ValueError, OSError) as error:
         stop(error)
-    print(report(options.file, rows, problems, options.show))
-    return 1 if problems else 0
+    for source, (rows, problems) in zip(sources, found, strict=True):
+        print(report(source.path, rows, problems, options.show))
+    if len(sources) > 1:
+        counts = [rows for rows, _ in found]
+        samples = [source.count(rows) for source, rows in zip(sources, counts, strict=True)]
+        print(f"\n{options.file}: {len(sources)} datasets")
+        print("\n".join(f"  {name}: {share}" for name, share in describe(sources, counts, samples)))
+    return 1 if any(problems for _, problems in found) else 0
 
 
-def _write_json(path: Path, file: Path, rows: int, problems: list[Problem]) -> None:
-    counts = {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS}
-    content = {"file": str(file), "rows": rows, "counts": counts, "problems": [asdict(p) for p in problems]}
+def _write_json(
+    path: Path, file: Path, sources: list[Source], found: list[tuple[int, list[Problem]]]
+) -> None:
+    """One file's content as it is; of a mixture, a list of them."""
+    contents: list[dict[str, Any]] = []
+    for source, (rows, problems) in zip(sources, found, strict=True):
+        counts = {kind: sum(problem.kind == kind for problem in problems) for kind in KINDS}
+        listed = [asdict(problem) for problem in problems]
+        contents.append({"file": str(source.path), "rows": rows, "counts": counts, "problems": listed})
+    content = contents[0] if len(contents) == 1 else {"file": str(file), "datasets": contents}
     with staged(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from geochat.model.weights import read_json
@@ -92,11 +93,16 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on."""
 
-    data_path: str | None = None
-    """Instruction file, JSON or JSONL."""
-    image_folder: str | None = None
+    data_path: list[str] | None = None
+    """Instruction file, JSON or JSONL; or several; or a mixture file, YAML (docs/training.md)."""
+    image_folder: list[str] | None = None
+    """Folder of the images; or one for each file of `--data_path`."""
+    data_weights: list[float] | None = None
+    """How often each file of `--data_path` is seen in an epoch; 0.5 takes a half of it. Default: once."""
     eval_data_path: str | None = None
-    """Instruction file whose loss is reported at every evaluation (`--eval_strategy steps --eval_steps N`)."""
+    """Instruction file, or mixture file, to validate on at every evaluation (`--eval_steps N`)."""
+    val_share: float | None = None
+    """Hold this share of the rows out, no picture of theirs in training, and validate on them."""
     image_aspect_ratio: str = "pad"
     on_bad_sample: Literal["skip", "error"] = "error"
     """A record that cannot be used (image missing or corrupt, malformed, nothing to learn, text too long):
@@ -105,8 +111,12 @@ class DataArguments:
     """Cut texts above `--model_max_length` as the originals do, instead of treating them as bad samples."""
 
     def __post_init__(self) -> None:
-        if self.data_path is None:
+        if not self.data_path:
             raise ValueError("--data_path is missing: the instruction file (JSON or JSONL)")
+        if self.val_share is not None and not 0 < self.val_share < 1:
+            raise ValueError(f"--val_share {self.val_share:g}: a share lies between 0 and 1")
+        if self.val_share is not None and self.eval_data_path:
+            raise ValueError("--val_share and --eval_data_path are two ways to validate: give one")
         if self.image_aspect_ratio not in IMAGE_MODES:
             raise ValueError(
                 f"--image_aspect_ratio {self.image_aspect_ratio}: choose one of {', '.join(IMAGE_MODES)}"
@@ -159,6 +169,14 @@ class TrainingArguments(transformers.TrainingArguments):
     this and not `--per_device_train_batch_size`; loss and gradients are the same."""
     packing: bool = False
     """Fill rows with several samples instead of padding each to the longest; none sees another."""
+    eval_benchmark: list[str] | None = None
+    """Benchmarks to score at every evaluation: names, or .toml files (docs/evaluate.md)."""
+    eval_benchmark_limit: int | None = None
+    """Ask only the first questions of each."""
+    eval_dialogues: int = 4
+    """Validation records that the model is asked at every evaluation, for a page with their boxes drawn."""
+    allow_changed_data: bool = False
+    """Resume although the data, or the order in which they are drawn, are not those of the checkpoint."""
     bf16: bool = True
     """Where the hardware has it; float32 otherwise."""
     gradient_checkpointing: str = field(  # type: ignore[assignment]
@@ -201,9 +219,10 @@ class TrainingArguments(transformers.TrainingArguments):
             self.fsdp = str(self.fsdp).lower() == "true"
         if self.fsdp:
             self._configure_fsdp()
-        if self.load_best_model_at_end:
+        if self.load_best_model_at_end and (self.deepspeed or self.fsdp):
             raise ValueError(
-                "--load_best_model_at_end is not supported: the best checkpoint is kept, use its folder"
+                "--load_best_model_at_end goes neither with --deepspeed nor with --fsdp: the best checkpoint is kept, "
+                "use its folder"
             )
         self.zero_configuration: dict[str, Any] = {}
         planned_deepspeed = self._set_deepspeed_aside() if self.dry_run else None
@@ -296,6 +315,16 @@ class TrainingArguments(transformers.TrainingArguments):
             self.zero_configuration = read_json(Path(path)).get("zero_optimization", {})
         self.deepspeed = None  # type: ignore[assignment]
         return path
+
+    @property
+    def samples_per_step(self) -> int:
+        """Of an optimizer step, over all processes: the global batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def order_seed(self) -> int:
+        """What the order of samples, fractions of files and the validation split are drawn with."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def quantization(self) -> Literal["4bit", "8bit"] | None:
@@ -408,8 +437,24 @@ def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, Tra
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
     if training.vision_lora_r and model.tune_vision_tower:
         raise ValueError("--vision_lora_r and --tune_vision_tower are two ways to train the tower: give one")
+    _require_an_occasion(data, training)
     training.notes = notes + training.notes + without_effect(argv, model, training)
     return model, data, training
+
+
+def _require_an_occasion(data: DataArguments, training: TrainingArguments) -> None:
+    """`--eval_steps` alone says that there is validation; something to validate on without it says nothing of when."""
+    wanted = {
+        "--eval_data_path": data.eval_data_path,
+        "--val_share": data.val_share,
+        "--eval_benchmark": training.eval_benchmark,
+    }
+    flag = next((name for name, value in wanted.items() if value), None)
+    if flag is None or training.eval_strategy != IntervalStrategy.NO:
+        return
+    if not training.eval_steps:
+        raise ValueError(f"{flag} needs --eval_steps N, or --eval_strategy epoch: when to validate")
+    training.eval_strategy, training.do_eval = IntervalStrategy.STEPS, True
 
 
 def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:

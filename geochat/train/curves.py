@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from geochat.eval.files import Row, read_rows, write_rows
+
+LOSSES, VALIDATION = "loss.jsonl", "validation.jsonl"
 REDRAW_SECONDS = 60
 SMOOTHED_SHARE = 0.05
 """Share of the curve that the smoothed line averages over."""
@@ -23,11 +26,11 @@ class LossCurve(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
             # What was logged after the checkpoint that is resumed from will be logged again.
-            rows = [row for row in read_log(self.folder) if row["step"] <= state.global_step]
-            text = "".join(json.dumps(row) + "\n" for row in rows if state.global_step)
-            (self.folder / "loss.jsonl").write_text(text, encoding="utf-8")
+            for file in (self.folder / LOSSES, self.folder / VALIDATION):
+                rows = [row for row in read_log(file) if row["step"] <= state.global_step]
+                if file.exists():
+                    write_rows(file, rows if state.global_step else [])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps:
@@ -36,8 +39,7 @@ class LossCurve(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs.keys() & {"loss", "eval_loss"}:
             return
-        with (self.folder / "loss.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        append_row(self.folder / LOSSES, {"step": state.global_step, **logs})
         if time.monotonic() - self.drawn > REDRAW_SECONDS:
             self.draw()
 
@@ -46,19 +48,20 @@ class LossCurve(TrainerCallback):
             self.draw()
 
     def draw(self) -> None:
-        rows = read_log(self.folder)
+        rows = read_log(self.folder / LOSSES)
         if any("loss" in row for row in rows):
-            draw_curve(rows, self.folder / "loss.png")
+            draw_curve(rows, read_log(self.folder / VALIDATION), self.folder / "loss.png")
         self.drawn = time.monotonic()
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Rows of `loss.jsonl`; the last line of a killed run may be cut and is left out."""
-    file = folder / "loss.jsonl"
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def read_log(file: Path) -> list[Row]:
+    """Rows of a log; the last line of a killed run may be cut and is left out."""
+    return read_rows(file, torn_end=True) if file.exists() else []
+
+
+def append_row(file: Path, row: Row) -> None:
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -72,17 +75,27 @@ def smoothed(values: list[float]) -> list[float]:
     return result
 
 
-def draw_curve(rows: list[dict[str, Any]], file: Path) -> None:
-    """Training loss (raw and smoothed), validation loss when there is one, learning rate below."""
+def draw_curve(rows: list[Row], validation: list[Row], file: Path) -> None:
+    """Training loss (raw and smoothed), validation loss and benchmark scores when there are any, learning rate."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
     from matplotlib.figure import Figure
 
     train = [row for row in rows if "loss" in row]
     valid = [row for row in rows if "eval_loss" in row]
     steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    names = dict.fromkeys(name for row in validation for name in row["scores"])
+    figure = Figure(figsize=(8, 8 if names else 6), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    top, *middle, bottom = figure.subplots(
+        3 if names else 2, 1, sharex=True, height_ratios=[4, 2, 1] if names else [4, 1]
+    )
+    for axes in middle:
+        for name in names:
+            points = [(row["step"], row["scores"][name]) for row in validation if name in row["scores"]]
+            axes.plot(*zip(*points, strict=True), "o-", label=name)
+        axes.set_ylabel("score")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
     top.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training loss")
     top.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="smoothed")
     if valid:

@@ -17,15 +17,14 @@ import numpy as np
 from torch import nn
 
 from geochat.data.staged import staged
-from geochat.data.store import InstructionStore
 from geochat.model.adapter import trainable_groups
 from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from geochat.train.collate import Collator
-from geochat.train.dataset import InstructionDataset
 from geochat.train.flops import Load, ModelShape, Trained
 from geochat.train.gpus import GPUS, Sizing
 from geochat.train.memory import Counts, Setting
-from geochat.train.outline import Outline, outline
+from geochat.train.mixture import open_sets
+from geochat.train.outline import outline
 from geochat.train.plan_facts import Plan
 from geochat.train.plan_text import text
 from geochat.train.recipe import compute_dtype, describe, zero_stage
@@ -49,7 +48,7 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
     }
     if not groups:
         raise ValueError("nothing is left to train: every part is frozen by a flag")
-    dataset = _dataset(outlined, data_args, args)
+    dataset, validation = open_sets(outlined.processor, data_args, args, look_for_images=False)
     collate = make_collator(outlined.processor, args, model_args.attn_implementation)
     layout = Layout(
         args.per_device_train_batch_size,
@@ -61,7 +60,12 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
     masked = model_args.attn_implementation in ("sdpa", "eager")
     batches = {
         name: lay_out(
-            _order(dataset, layout, args, grouped), layout, reader, collate, args.plan_rows, masked=masked
+            np.array(list(EpochSampler.of(dataset, args, grouped=grouped))),
+            layout,
+            reader,
+            collate,
+            args.plan_rows,
+            masked=masked,
         )
         for name, grouped in (("shuffled", False), ("grouped", True))
     }
@@ -83,13 +87,14 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
         args.recompute(again, f"as an empty {gpu.name} decides")
         setting = setting.changed(checkpointing=again)
     return Plan(
-        recipe=describe(model, outlined.processor, arguments, samples=len(dataset)),
+        recipe=describe(model, outlined.processor, arguments, dataset, validation),
         notes=[*args.notes, *outlined.notes, *_bad_rows(reader, data_args)],
         parameters=groups | {"total": counts.total},
         rows=len(dataset),
         rows_read=len(reader.counts),
         bad_rows=len(reader.bad),
         tokens=tokens,
+        token_shares=reader.token_shares(),
         layout=layout,
         asked=asked,
         batches=batches,
@@ -124,35 +129,6 @@ def worst(tokens: Tokens, batches: Batches, args: TrainingArguments) -> Load:
 def of_longest(tokens: Tokens) -> Load:
     """A sample in a row of its own, as long as the longest that was read."""
     return Load(1, tokens.longest, max(tokens.most_images, 1), tokens.most_supervised)
-
-
-def _dataset(outlined: Outline, data_args: DataArguments, args: TrainingArguments) -> InstructionDataset:
-    path = Path(data_args.data_path or "")
-    if not path.is_file():
-        raise ValueError(f"instruction file {path}: no such file")
-    dataset = InstructionDataset(
-        InstructionStore(path),
-        None,
-        outlined.processor,
-        max_text_tokens=args.model_max_length,
-        truncate=data_args.truncate_text,
-    )
-    if not len(dataset):
-        raise ValueError(f"{path}: no records")
-    return dataset
-
-
-def _order(dataset: InstructionDataset, layout: Layout, args: TrainingArguments, grouped: bool) -> np.ndarray:
-    """The first epoch's order, as `geochat.train.trainer.Trainer` asks the sampler for it."""
-    sampler = EpochSampler(
-        len(dataset),
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        batch=layout.micro_batch * layout.processes,
-        lengths=dataset.lengths() if grouped else None,
-        images=dataset.images() if args.share_image_prefix else None,
-        micro_batch=layout.micro_batch,
-    )
-    return np.fromiter(sampler, dtype=np.int64, count=len(dataset))
 
 
 def _run_micro_batches(layout: Layout, rows: int, steps: int) -> int:

@@ -24,6 +24,8 @@ class Plan:
     """Encoded exactly; everything about the whole file is scaled up from them when they are fewer."""
     bad_rows: int
     tokens: Tokens
+    token_shares: dict[str, float]
+    """Of each instruction file, in an epoch; one that no row was read of has none."""
     layout: Layout
     asked: str
     """The order that the flags ask for: a key of `batches`."""

@@ -41,7 +41,12 @@ def _data(plan: Plan) -> list[tuple[str, str]]:
         ("image tokens", f"{tokens.image / n:,.1f} a sample, {_scaled(tokens.image, plan)} in all"),
         ("supervised tokens", f"{tokens.supervised / n:,.1f} a sample, {_scaled(tokens.supervised, plan)} in all"),
         ("longest sample", f"{tokens.longest:,} tokens, {tokens.most_supervised:,} supervised at most"),
+        *((f"tokens of {name}", f"{share:.1%}") for name, share in _several(plan.token_shares)),
     ]  # fmt: skip
+
+
+def _several(shares: dict[str, float]) -> list[tuple[str, float]]:
+    return list(shares.items()) if len(shares) > 1 else []
 
 
 def _scaled(count: int, plan: Plan) -> str:

@@ -12,6 +12,7 @@ from geochat.model.adapter import trainable_groups
 from geochat.model.processor import Processor
 from geochat.model.vision import blocks_read
 from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from geochat.train.mixture import Mixture
 from geochat.train.presets import PRESETS
 
 
@@ -104,8 +105,8 @@ def describe(
     model: nn.Module,
     processor: Processor,
     arguments: tuple[ModelArguments, DataArguments, TrainingArguments],
-    *,
-    samples: int,
+    training: Mixture,
+    validation: Mixture | None,
 ) -> str:
     """The resolved recipe, one fact per line."""
     model_args, data_args, args = arguments
@@ -138,7 +139,9 @@ def describe(
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     stage = zero_stage(args)
     rows += [
-        ("data", f"{data_args.data_path}, {samples:,} samples, {length}"),
+        ("data", f"{' '.join(data_args.data_path or [])}, {len(training):,} samples, {length}"),
+        *((f"· {name}", share) for name, share in training.describe()),
+        *([("validation", f"{len(validation):,} samples")] if validation else []),
         ("global batch", f"{batch} = {per_device} per device × {steps} accumulation × {processes} processes"),
         ("schedule", f"{_value(args.lr_scheduler_type)}, warm-up {args.warmup_steps:g}, decay {args.weight_decay:g}"),
         ("image", f"{processor.image_size} px, {processor.image_mode}, {processor.image_tokens} tokens per image"),

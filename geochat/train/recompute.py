@@ -12,10 +12,10 @@ from torch import nn
 
 from geochat.model.adapter import trainable_groups
 from geochat.train.arguments import ModelArguments, TrainingArguments
-from geochat.train.dataset import InstructionDataset
 from geochat.train.flops import ModelShape
 from geochat.train.gpus import GIB, HEADROOM, Sizing
 from geochat.train.memory import Counts
+from geochat.train.mixture import Mixture
 from geochat.train.plan import of_longest, setting_of, trained_of
 from geochat.train.workload import Reader
 
@@ -26,7 +26,7 @@ LONGEST = 256
 def choose_recomputation(
     model: nn.Module,
     base: nn.Module,
-    dataset: InstructionDataset,
+    dataset: Mixture,
     model_args: ModelArguments,
     args: TrainingArguments,
 ) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    from geochat.train.arguments import TrainingArguments
+    from geochat.train.mixture import Mixture
 
 POOL_BATCHES = 50
 """Batches sorted together: enough to make neighbours similar, few enough to keep the order random."""
 
 
 class EpochSampler(Sampler[int]):
-    """All indices in an order that depends on seed and epoch alone, so that a resumed run sees the same one.
+    """All indices in an order that a resumed run sees again: it depends on seed and epoch alone, and where samples are
+    grouped on the batch, whatever the number of processes.
 
-    lengths: words per sample, negative without an image (InstructionDataset.lengths); None shuffles only.
-    batch: samples that one micro-step takes over all processes.
-    images: number of each sample's image, -1 without one (InstructionDataset.images): samples of an image then come in
+    lengths: words per sample, negative without an image (Mixture.lengths); None shuffles only.
+    batch: samples that one optimizer step takes over all processes.
+    images: number of each sample's image, -1 without one (Mixture.images): samples of an image then come in
         the same micro-batch of one process.
     micro_batch: samples that one micro-step takes in one process; needed with `images`.
     """
@@ -38,6 +44,18 @@ class EpochSampler(Sampler[int]):
         self.images = images
         self.micro_batch = micro_batch
         self.epoch = 0
+
+    @classmethod
+    def of(cls, dataset: Mixture, args: TrainingArguments, *, grouped: bool) -> EpochSampler:
+        """As the flags ask for, but for `grouped`: batches of similar length or not."""
+        return cls(
+            len(dataset),
+            seed=args.order_seed,
+            batch=args.samples_per_step,
+            lengths=dataset.lengths() if grouped else None,
+            images=dataset.images() if args.share_image_prefix else None,
+            micro_batch=args.per_device_train_batch_size,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

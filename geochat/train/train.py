@@ -17,7 +17,6 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from geochat.data.store import InstructionStore
 from geochat.errors import stop
 from geochat.model.adapter import AdapterSpec, attach, trainable_groups
 from geochat.model.base import BaseRecord
@@ -37,7 +36,9 @@ from geochat.train.arguments import (
 )
 from geochat.train.collate import Collator
 from geochat.train.curves import LossCurve
-from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.data_record import compare_data, data_record
+from geochat.train.dataset import BadSampleError
+from geochat.train.mixture import open_sets
 from geochat.train.packing import PackingCollator
 from geochat.train.recipe import (
     choose_states,
@@ -60,6 +61,7 @@ from geochat.train.saving import (
 from geochat.train.sharded import require_same_layout
 from geochat.train.trainer import LossError, Trainer
 from geochat.train.universal import spread_anew
+from geochat.train.validation import make_validation
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -99,14 +101,15 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
         raise ValueError("nothing is left to train: every part is frozen by a flag")
     saver = RunSaver(kind, model, processor, record)
     saver.check(Path(args.output_dir), resume)
-    train_set = open_dataset(data_args.data_path or "", processor, arguments)
-    eval_set = (
-        open_dataset(data_args.eval_data_path, processor, arguments) if data_args.eval_data_path else None
-    )
+    train_set, eval_set = open_sets(processor, data_args, args)
+    drawn_from = data_record(train_set.library.sources, data_args, args)
+    if resume is not None:
+        args.notes += compare_data(resume, drawn_from, allow_changed=args.allow_changed_data)
+    validation = make_validation(eval_set, processor, args)
     if args.checkpointing_is_open:
         choose_recomputation(model, base, train_set, model_args, args)
     if args.process_index == 0:
-        say(arguments, describe(model, processor, arguments, samples=len(train_set)), resume)
+        say(arguments, describe(model, processor, arguments, train_set, eval_set), resume)
     trainer = Trainer(
         base=base,
         saver=saver,
@@ -114,7 +117,10 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
         args=args,
         data_collator=make_collator(processor, args, base.config._attn_implementation),
         train_dataset=train_set,
-        eval_dataset=eval_set,
+        # transformers takes an empty dictionary for validation without a loss.
+        eval_dataset={} if eval_set is None and args.eval_benchmark else eval_set,
+        data_record=drawn_from,
+        validation=validation,
         callbacks=[LossCurve(Path(args.output_dir))],
     )
     return trainer, resume
@@ -239,26 +245,6 @@ def make_collator(processor: Processor, args: TrainingArguments, attention: str)
         one_row=attention not in ("sdpa", "eager"),
         budget=args.max_tokens_per_micro_batch,
     )
-
-
-def open_dataset(path: str, processor: Processor, arguments: Arguments) -> InstructionDataset:
-    """Raises: ValueError when the file is missing, malformed as a whole, or empty."""
-    _, data_args, args = arguments
-    if data_args.image_folder is not None and not Path(data_args.image_folder).is_dir():
-        raise ValueError(f"--image_folder {data_args.image_folder}: no such folder")
-    if not Path(path).is_file():
-        raise ValueError(f"instruction file {path}: no such file")
-    dataset = InstructionDataset(
-        InstructionStore(Path(path)),
-        Path(data_args.image_folder) if data_args.image_folder else None,
-        processor,
-        max_text_tokens=args.model_max_length,
-        truncate=data_args.truncate_text,
-        on_bad_sample=data_args.on_bad_sample,
-    )
-    if not len(dataset):
-        raise ValueError(f"{path}: no records")
-    return dataset
 
 
 def say(arguments: Arguments, recipe: str, resume: Path | None) -> None:

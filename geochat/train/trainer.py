@@ -17,13 +17,17 @@ from geochat.data.encode import IGNORE_INDEX
 from geochat.model.dora import dora_layers
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
-from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.curves import VALIDATION, append_row
+from geochat.train.data_record import Record, write_record
+from geochat.train.dataset import BadSampleError
+from geochat.train.mixture import Mixture
 from geochat.train.norms import StepNorms
 from geochat.train.packing import attention_mask, nothing
 from geochat.train.recipe import parameter_groups
 from geochat.train.sampler import EpochSampler
 from geochat.train.saving import RunSaver, checkpoints, explained
 from geochat.train.sharded import ShardedTrainer
+from geochat.train.validation import Validation, undisturbed
 
 
 class LossError(RuntimeError):
@@ -78,11 +82,21 @@ class Trainer(ShardedTrainer):
 
     base: the LlavaForConditionalGeneration inside `model` (the same object when there is no adapter).
     saver: writes the loadable part of every save.
+    data_record: what samples are drawn from, kept with every save.
+    validation: what every evaluation looks at beside the loss.
     """
 
     args: TrainingArguments
 
-    def __init__(self, *, base: nn.Module, saver: RunSaver, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        base: nn.Module,
+        saver: RunSaver,
+        data_record: Record | None = None,
+        validation: Validation | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not any(parameter.requires_grad for parameter in base.model.vision_tower.parameters()):
             freeze_tower(base)
         args: TrainingArguments = kwargs["args"]
@@ -95,7 +109,7 @@ class Trainer(ShardedTrainer):
         self.dummy = DummyImage(base)
         self.attn_implementation, self.mask_dtype = base.config._attn_implementation, base.dtype
         self.supervised: int | None = None  # of the batch whose parts are being computed
-        self.saver = saver
+        self.saver, self.data_record, self.validation = saver, data_record, validation
         self.bad_samples: list[str] = []
         super().__init__(**kwargs)
         # FSDP has whole weights only while a block is computed.
@@ -118,7 +132,7 @@ class Trainer(ShardedTrainer):
 
         Mean over the micro-batch, or (token normalisation) sum divided by the tokens of the whole step.
         """
-        parts = inputs.get("parts") or [inputs]
+        parts = self._as_many(inputs["parts"]) if "parts" in inputs else [inputs]
         total = sum(self._summed_loss(model, part) for part in parts)
         if num_items_in_batch is None:
             loss = total / (self.supervised or (inputs["labels"] != IGNORE_INDEX).sum())
@@ -176,14 +190,10 @@ class Trainer(ShardedTrainer):
     def _forward_and_backward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward; with `--max_tokens_per_micro_batch` part after part, gradients adding up.
-
-        Every process computes as many parts as the one that has most: ZeRO-3 gathers weights in each.
-        """
+        """Forward and backward; with `--max_tokens_per_micro_batch` part after part, gradients adding up."""
         if "parts" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        parts = list(inputs["parts"])
-        parts += [nothing(self.args.device)] * (self._most(len(parts)) - len(parts))
+        parts = self._as_many(inputs["parts"])
         self.supervised = int((inputs["labels"] != IGNORE_INDEX).sum())
         state, syncs = self.accelerator.gradient_state, self.accelerator.sync_gradients
         total = torch.zeros((), device=self.args.device)
@@ -197,6 +207,10 @@ class Trainer(ShardedTrainer):
             self.supervised = None
             state._set_sync_gradients(syncs)
         return total
+
+    def _as_many(self, parts: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """As many parts as the process has that has most, with empty ones: ZeRO-3 gathers weights in each."""
+        return [*parts, *[nothing(self.args.device)] * (self._most(len(parts)) - len(parts))]
 
     def _most(self, mine: int) -> int:
         """The largest number of all processes."""
@@ -231,15 +245,41 @@ class Trainer(ShardedTrainer):
         return super().prediction_step(model, self._usable(inputs), *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        dataset: InstructionDataset = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler(
-            len(dataset),
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            batch=self.args.train_batch_size * self.args.world_size,
-            lengths=dataset.lengths() if self.args.group_by_modality_length else None,
-            images=dataset.images() if self.args.share_image_prefix else None,
-            micro_batch=self.args.train_batch_size,
-        )
+        dataset: Mixture = self.train_dataset if train_dataset is None else train_dataset
+        self.sampler = EpochSampler.of(dataset, self.args, grouped=self.args.group_by_modality_length)
+        return self.sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # accelerate does not reach the sampler of several processes through the loader that skips what a resumed run
+        # has seen: the epoch would go on in the first one's order.
+        self.sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- validation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss, and what `validation` looks at; training then goes on as if nothing had been."""
+        with undisturbed(self.model):
+            metrics = super().evaluate(*args, **kwargs)
+            scores = self._look(self.validation) if self.validation else {}
+        self.control.should_evaluate = False  # the parent sees to that only where there is a loss
+        named = {f"eval_{name}": score for name, score in scores.items()}
+        if named:
+            self.log(dict(named))
+        if self.args.process_index == 0:
+            row = {"step": self.state.global_step, "loss": metrics.get("eval_loss"), "scores": scores}
+            append_row(Path(self.args.output_dir) / VALIDATION, row)
+        return metrics | named
+
+    def _look(self, validation: Validation) -> dict[str, float]:
+        """The first process asks, the others wait for what it has found."""
+        found: list[dict[str, float]] = [{}]
+        if self.args.process_index == 0:
+            with self.accelerator.autocast():
+                found = [validation.look(self.model, self.state.global_step)]
+        if self.args.world_size > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
 
     # ---- optimizer ----
 
@@ -287,6 +327,11 @@ class Trainer(ShardedTrainer):
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(staging / "trainer_state.json"))
+            if self.data_record is not None:
+                write_record(staging, self.data_record)
+
+    def _load_best_model(self) -> None:
+        self.saver.restore(Path(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""

@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 from geochat.data.encode import IGNORE_INDEX
-from geochat.data.sample import Sample
 from geochat.train.collate import Collator
-from geochat.train.dataset import MAX_SUBSTITUTES, InstructionDataset
+from geochat.train.dataset import MAX_SUBSTITUTES, BadSampleError
 from geochat.train.flops import Load
+from geochat.train.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Batches:
 class Reader:
     """Rows as training encodes them, pixels aside."""
 
-    dataset: InstructionDataset
+    dataset: Mixture
     bad: dict[int, str] = field(default_factory=dict)
     """Rows that could not be used, with the reason."""
     counts: dict[int, tuple[int, int, int]] = field(default_factory=dict)
@@ -126,19 +126,29 @@ class Reader:
     def _item(self, row: int) -> dict[str, Any] | None:
         if row in self.bad:
             return None
-        where = self.dataset.store.where(row)
         try:
-            sample = Sample.from_record(self.dataset.store[row], where)
-            encoded = self.dataset.encoder.encode(sample, where)
-        except ValueError as error:
+            item = self.dataset.encode(row)
+        except BadSampleError as error:
             self.bad[row] = str(error)
             return None
-        targets = int((encoded.labels != IGNORE_INDEX).sum())
-        self.counts[row] = len(encoded.input_ids), targets, len(sample.images)
-        item: dict[str, Any] = {"input_ids": encoded.input_ids, "labels": encoded.labels, "source": where}
-        if sample.images:  # pixels without a size: the collator only counts them here
-            item |= {"pixels": torch.empty(len(sample.images), 0), "images": tuple(sample.images)}
+        targets, images = int((item["labels"] != IGNORE_INDEX).sum()), len(item.get("images", ()))
+        self.counts[row] = len(item["input_ids"]), targets, images
+        if images:  # pixels without a size: the collator only counts them here
+            item["pixels"] = torch.empty(images, 0)
         return item
+
+    def token_shares(self) -> dict[str, float]:
+        """Of each file, in an epoch: its samples times the mean length of those read."""
+        library = self.dataset.library
+        samples = np.bincount(library.files(self.dataset.rows), minlength=len(library.sources))
+        read = library.files(self.dataset.rows[list(self.counts)])
+        lengths = np.array([length for length, _, _ in self.counts.values()])
+        tokens = {
+            source.name: samples[file] * lengths[read == file].mean()
+            for file, source in enumerate(library.sources)
+            if (read == file).any()
+        }
+        return {name: float(count / sum(tokens.values())) for name, count in tokens.items()}
 
     def tokens(self, image_tokens: int) -> Tokens:
         """Over all rows encoded so far."""

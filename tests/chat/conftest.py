@@ -63,7 +63,15 @@ def requests(tiny_records) -> list[Request]:
 def generated() -> Callable[[Chat, Request, int], tuple[int, ...]]:
     """New tokens of one request by transformers' `generate` over pixels: greedy, one at a time, without the stop."""
 
+    known: dict[tuple, tuple[int, ...]] = {}
+
     def run(chat: Chat, request: Request, max_new_tokens: int) -> tuple[int, ...]:
+        key = (id(chat.model), chat.processor.template.name, request, max_new_tokens, tuple(chat._stops))
+        if key not in known:
+            known[key] = compute(chat, request, max_new_tokens)
+        return known[key]
+
+    def compute(chat: Chat, request: Request, max_new_tokens: int) -> tuple[int, ...]:
         row = chat.row(request, Settings(max_new_tokens))
         ids = torch.from_numpy(row.prompt.ids.astype("int64"))[None]
         pixels = [chat.processor.pixels(open_image(picture)) for picture in request.images]

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from geochat.chat import batch as module  # noqa: E402
+from geochat.chat import pictures  # noqa: E402
 from geochat.chat.engine import Chat, Request  # noqa: E402
 from geochat.chat.sampling import Settings  # noqa: E402
 from tests.chat.conftest import QUESTIONS  # noqa: E402
@@ -131,6 +132,22 @@ def test_keys_and_values_are_kept_within_bounds(chat: Chat, requests: list[Reque
     assert 0 < small._prefixes.nbytes <= 2 * one * longest
 
 
+def test_each_picture_is_read_once(
+    chat: Chat, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the questions fall into groups, and though pictures are read before their turn."""
+    opened: list[object] = []
+    original = pictures.open_image
+
+    def counted(picture):
+        opened.append(picture)
+        return original(picture)
+
+    monkeypatch.setattr(pictures, "open_image", counted)
+    Chat(chat.model, chat.processor).answer(requests, max_new_tokens=3, batch_size=2)
+    assert len(opened) == len(set(opened)) == 4
+
+
 def test_an_unreadable_picture_ends_its_own_questions_alone(
     chat: Chat, requests: list[Request], tmp_path: Path
 ) -> None:
@@ -170,16 +187,16 @@ def test_a_drawn_answer_does_not_depend_on_what_is_drawn_beside_it(
     assert together != chat.answer(requests[:4], seed=4, **settings)
 
 
-def test_two_threads_may_ask_one_model(chat: Chat, requests: list[Request]) -> None:
+def test_threads_may_ask_one_model(chat: Chat, requests: list[Request]) -> None:
     expected = chat.answer(requests, max_new_tokens=NEW)
-    fresh, found = Chat(chat.model, chat.processor), {}
+    chats, found = [Chat(chat.model, chat.processor) for _ in range(2)], {}
 
-    def ask(name: int) -> None:
-        found[name] = fresh.answer(requests[name::2], max_new_tokens=NEW, batch_size=3)
+    def ask(name: int) -> None:  # two threads share a chat, the third has one of its own for the same model
+        found[name] = chats[name // 2].answer(requests[name::3], max_new_tokens=NEW, batch_size=3)
 
-    threads = [threading.Thread(target=ask, args=(name,)) for name in range(2)]
+    threads = [threading.Thread(target=ask, args=(name,)) for name in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[0], found[1]] == [expected[0::2], expected[1::2]]
+    assert found == {name: expected[name::3] for name in range(3)}

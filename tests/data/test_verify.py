@@ -119,7 +119,7 @@ def test_a_clean_file(tmp_path: Path, folder: Path, capsys):
 
 
 def test_what_cannot_be_checked_is_one_line(tmp_path: Path, bad: Path, refused):
-    assert "cannot be opened" in refused(main, [str(tmp_path / "none.json")])
+    assert "no such file" in refused(main, [str(tmp_path / "none.json")])
     assert "no such folder" in refused(main, [str(bad), "--image-folder", str(tmp_path / "nowhere")])
 
 

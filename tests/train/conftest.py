@@ -37,6 +37,7 @@ def flags(tiny_base: Path, tiny_records) -> list[str]:
         "lora_r": 4,
         "dataloader_num_workers": 0,
         "disable_tqdm": True,
+        "eval_dialogues": 0,
     }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 

@@ -109,7 +109,7 @@ def test_help_says_what_every_flag_is_for(capsys: pytest.CaptureFixture[str]) ->
     assert end.value.code == 0
     told = " ".join(capsys.readouterr().out.split())
     for text in (
-        "Instruction file, JSON or JSONL. (default: None)",
+        "Instruction file, JSON or JSONL; or several; or a mixture file, YAML (docs/training.md). (default: None)",
         "Samples per optimizer step over all processes; the accumulation that reaches it is derived. (default: None)",
         "as LLaVA and GeoChat do; token: over the step. (default: micro_batch)",
     ):

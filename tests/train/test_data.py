@@ -47,13 +47,6 @@ def test_a_batch_is_padded_on_the_right(processor, tiny_records) -> None:
     assert "attention_mask" not in batch
 
 
-def test_lengths_tell_the_modality(processor, tiny_records) -> None:
-    dataset = InstructionDataset(InstructionStore(tiny_records.file), tiny_records.image_folder, processor)
-    lengths = dataset.lengths()
-    assert (lengths[:7] > 0).all()
-    assert lengths[7] < 0
-
-
 def bad_rows(tiny_records, folder: Path) -> tuple[list[dict], list[str]]:
     """Rows of every kind that cannot be used, each followed by a good one, and the reason expected for each."""
     images = folder / "images"

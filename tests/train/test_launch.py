@@ -88,6 +88,13 @@ def test_several_machines_need_their_address(tmp_path: Path, tiny_records) -> No
     assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1" in said
 
 
+def test_a_mixture_names_its_folders_itself(tmp_path: Path, tiny_records) -> None:
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(f"- path: {tiny_records.file}\n")
+    assert "--image_folder" not in launched(tmp_path, tiny_records, None, DATA=mixture, IMAGES="")
+    assert f"--image_folder {tmp_path}" in launched(tmp_path, tiny_records, None, DATA=mixture)
+
+
 def test_a_plan_is_made_by_one_process_for_all_gpus(tmp_path: Path, tiny_records) -> None:
     said = launched(tmp_path, tiny_records, None, "--dry_run", "True", GPUS="8", NODES="2")
     assert said.startswith("python -m geochat.train.train ")

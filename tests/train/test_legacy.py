@@ -4,11 +4,13 @@ flag that means nothing here is named in one line."""
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from geochat.train.arguments import parse_arguments
+from geochat.train.presets import PRESETS
 
 COMMON = """--mm_projector_type mlp2x_gelu --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True
 --output_dir ./checkpoints/out --num_train_epochs 1 --per_device_eval_batch_size 4 --evaluation_strategy no
@@ -111,6 +113,19 @@ def test_lists_of_states_in_every_spelling(spelling: list[str]) -> None:
     words = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o"]
     model, _, _ = parse_arguments([*words, "--mm_vision_select_layer", *spelling, "--use_cpu", "True"])
     assert model.feature_layer == [8, 16, 24]
+
+
+def test_xtuners_configuration_in_our_flags_is_the_preset_made_from_it() -> None:
+    """The first command of docs/xtuner.md against GeoChat-Bench's preset, whose batch is another."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "xtuner.md").read_text(encoding="utf-8")
+    words = shlex.split(page.split("```bash\n")[1].split("```")[0].replace("\\\n", " "))
+    flags = words[words.index("geochat.train.train") + 1 :]
+    del flags[: flags.index("--model_name_or_path")]  # --deepspeed asks for a launcher
+    parsed = parse_arguments([*flags, "--use_cpu", "True"])
+    assert parsed[2].per_device_train_batch_size == 16
+    for flag, value in PRESETS["geochat_bench_qlora"].flags.items():
+        if flag not in ("global_batch_size", "lr_scheduler_type", "gradient_checkpointing"):
+            assert getattr(next(part for part in parsed if hasattr(part, flag)), flag) == value, flag
 
 
 def test_a_preset_stands_behind_the_flags() -> None:
