@@ -103,7 +103,7 @@ class Trainer(ShardedTrainer):
         if args.compile_options:
             for (
                 layer
-            ) in base.model.language_model.layers:  # one graph serves all; parameters keep their names
+            ) in base.model.language_model.layers:  # few graphs serve all; parameters keep their names
                 layer.compile(**args.compile_options)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
