@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -294,3 +296,20 @@ def test_the_whole_scene_is_never_in_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * unit < 600 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("GEOCHAT_ALL_TESTS"), reason="GEOCHAT_ALL_TESTS=1 runs it")
+def test_nano_finds_the_objects_of_a_drawn_scene(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("scipy")
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "scene.py"
+    words = ["--side", "1000", "--objects", "6", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    recall = re.search(r"^scene +6 +[0-9]+ +([0-9.]+)", said, re.MULTILINE)
+    assert recall is not None, said
+    assert float(recall[1]) > 25
+    gap = re.search(r"at most ([0-9.e+-]+) pixels away", said)
+    assert gap is not None, said
+    assert float(gap[1]) < 0.02
