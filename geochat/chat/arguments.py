@@ -34,9 +34,12 @@ def number(least: float, most: float = math.inf, whole: bool = False) -> Callabl
     return parse
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """LLaVA's flag names, and what decides how pictures and prompts are prepared."""
-    parser.add_argument("--model-path", type=Path, required=True, help="merged or adapter folder")
+def add_model_arguments(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
+    """LLaVA's flag names, and what decides how pictures and prompts are prepared. `default` names the model of a
+    command that can do without --model-path."""
+    parser.add_argument(
+        "--model-path", type=Path, required=default is None, default=default, help="merged or adapter folder"
+    )
     parser.add_argument("--model-base", type=Path, help="base of an adapter, where not the recorded one")
     parser.add_argument("--vision-tower", type=Path, help="CLIP folder, where the model folder has none")
     parser.add_argument("--conv-mode", type=template_name, help="chat template; default: the checkpoint's")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ GRAMMAR = re.compile(r"\{<(-?\d+)><(-?\d+)><(-?\d+)><(-?\d+)>\|<(\d+)>\}")
 DELIMITER = "<delim>"
 _PHRASE = r"<p>(?P<phrase>.*?)(?:</p>|(?=<p>)|(?=\{\s*<)|$)"
 _ITEM = re.compile(rf"{_PHRASE}|(?P<box>{BOX_PATTERN.pattern})", re.DOTALL)
+_SPACE_BEFORE_STOP = re.compile(r"\s+([.,;:!?])")
 _BETWEEN_BOXES = re.compile(r"(?:\s|<delim>|,|;|\band\b)*")
 
 
@@ -137,22 +138,57 @@ def parse_regions(text: str) -> list[Region]:
     Boxes that follow no phrase, as in the answer to `[refer]`, form a region with an empty phrase.
     """
     regions: list[Region] = []
-    end, open_run = 0, False
-    for match in _ITEM.finditer(text):
-        if match["box"] is None:
-            regions.append(Region(" ".join(match["phrase"].split())))
-        else:
-            if not open_run or not _BETWEEN_BOXES.fullmatch(text, end, match.start()):
-                regions.append(Region(""))
-            regions[-1].boxes.append(_box(match.groups()[2:7]))
-        end, open_run = match.end(), True
+    for match, number in _items(text):
+        if number == len(regions):
+            regions.append(Region(" ".join((match["phrase"] or "").split())))
+        if match["box"] is not None:
+            regions[number].boxes.append(_box(match.groups()[2:7]))
     return regions
+
+
+def _items(text: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Phrases and boxes in their order, each with the number of its region."""
+    number, end = -1, 0
+    for match in _ITEM.finditer(text):
+        joined = (
+            match["box"] is not None and number >= 0 and _BETWEEN_BOXES.fullmatch(text, end, match.start())
+        )
+        number += 0 if joined else 1
+        end = match.end()
+        yield match, number
+
+
+def prose_pieces(text: str) -> list[tuple[str, int | None]]:
+    """The answer as prose, in pieces, each with the number of the region of `parse_regions` that it names, or None.
+
+    The boxes of a phrase are left out; a box that follows no phrase is written out.
+    """
+    cut: list[tuple[str, int | None]] = []
+    plain, end, phrase = "", 0, -1
+    for match, number in _items(text):
+        plain += text[end : match.start()]
+        end = match.end()
+        if match["box"] is None:
+            phrase = number
+        if match["box"] is None or number != phrase:
+            cut += [(plain, None), (match["phrase"] or match["box"] or "", number)]
+            plain = ""
+    pieces: list[tuple[str, int | None]] = []
+    for piece, region in [*cut, (plain + text[end:], None)]:
+        piece = _SPACE_BEFORE_STOP.sub(r"\1", re.sub(rf"(?:\s|</?p>|{DELIMITER})+", " ", piece))
+        if region is not None:
+            piece = piece.strip()
+        elif not pieces or pieces[-1][0].endswith(" "):
+            piece = piece.lstrip()
+        if piece:
+            pieces.append((piece, region))
+    return pieces
 
 
 def without_boxes(text: str) -> str:
     """The answer as prose: boxes and tags removed, spaces tidied."""
     prose = re.sub(rf"</?p>|{re.escape(DELIMITER)}", " ", BOX_PATTERN.sub(" ", text))
-    return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(prose.split()))
+    return _SPACE_BEFORE_STOP.sub(r"\1", " ".join(prose.split()))
 
 
 def box_faults(text: str) -> list[str]:

@@ -16,6 +16,9 @@ _PALETTE = ("#ffd60a", "#ff2d95", "#00e5ff", "#ff7a00", "#b388ff", "#7cff4f", "#
 TRUTH: Colour = (255, 255, 255)
 """True boxes are drawn in white, dashed."""
 
+LONGEST_ENLARGED = 4096
+"""No picture is enlarged beyond this longer side: a strip of 2 x 30,000 pixels must not become gigabytes."""
+
 
 def colour(number: int) -> Colour:
     """Colour of the `number`-th region; repeats after eight."""
@@ -40,7 +43,7 @@ def draw_regions(
             stay readable.
     """
     canvas = image.convert("RGB")
-    scale = max(1, round(min_side / max(1, min(canvas.size))))
+    scale = max(1, min(round(min_side / min(canvas.size)), LONGEST_ENLARGED // max(canvas.size)))
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     stroke = max(2, round(min(canvas.size) / 220))
     font = _font(max(12, round(min(canvas.size) / 34)))
