@@ -7,9 +7,23 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.data.templates import get_template
+
+LOCAL = (
+    "model_base",
+    "vision_tower",
+    "conv_mode",
+    "image_mode",
+    "image_size",
+    "device",
+    "load_4bit",
+    "load_8bit",
+)
+"""Options that an endpoint's own command decides."""
 
 
 def template_name(text: str) -> str:
@@ -35,11 +49,14 @@ def number(least: float, most: float = math.inf, whole: bool = False) -> Callabl
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
-    """LLaVA's flag names, and what decides how pictures and prompts are prepared. `default` names the model of a
-    command that can do without --model-path."""
-    parser.add_argument(
-        "--model-path", type=Path, required=default is None, default=default, help="merged or adapter folder"
-    )
+    """LLaVA's flag names, and what decides how pictures and prompts are prepared; or a server's address.
+
+    With `default`, a folder, the command can do without naming a model.
+    """
+    model = parser.add_mutually_exclusive_group(required=default is None)
+    model.add_argument("--model-path", type=Path, default=default, help="merged or adapter folder")
+    model.add_argument("--endpoint", help="or: address of an OpenAI-compatible server, http://host:port/v1")
+    parser.add_argument("--endpoint-model", help="model's name there; default: the only one it lists")
     parser.add_argument("--model-base", type=Path, help="base of an adapter, where not the recorded one")
     parser.add_argument("--vision-tower", type=Path, help="CLIP folder, where the model folder has none")
     parser.add_argument("--conv-mode", type=template_name, help="chat template; default: the checkpoint's")
@@ -52,8 +69,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: Path | None = 
     parser.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (extra: quant)")
 
 
-def load_chat(arguments: argparse.Namespace) -> Chat:
-    """The model that the options name. Raises ValueError with the reason when it cannot be read."""
+def load_chat(arguments: argparse.Namespace) -> Any:
+    """The model that the options name: a `Chat`, or a `RemoteChat`, which answers the same calls.
+
+    Raises ValueError with the reason when it cannot be read or reached.
+    """
+    if arguments.endpoint:
+        return _remote(arguments)
     chat = Chat.load(
         arguments.model_path,
         arguments.model_base,
@@ -69,3 +91,11 @@ def load_chat(arguments: argparse.Namespace) -> Chat:
     if arguments.image_mode:
         processor = replace(processor, image_mode=arguments.image_mode)
     return chat if processor is chat.processor else Chat(chat.model, processor)
+
+
+def _remote(arguments: argparse.Namespace) -> RemoteChat:
+    given = [name for name in LOCAL if getattr(arguments, name) not in (None, False, "auto")]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names}: for a model of this machine, not of an --endpoint")
+    return RemoteChat(arguments.endpoint, arguments.endpoint_model)

@@ -1,16 +1,15 @@
-"""What is asked, and how many questions go into one batch."""
+"""What is asked, and its tokens."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from geochat.data.sample import Turn, user_turn
+from geochat.data.sample import IMAGE_TOKEN, Turn, user_turn
 
 Picture = Image.Image | str | Path
 
@@ -31,13 +30,41 @@ class Request:
         """The conversation after the model's answer and the user's next question."""
         return Request(self.images, (*self.turns, Turn("assistant", answer), Turn("user", question)))
 
+    def check(self) -> None:
+        """Raises ValueError when it does not end with a question, or has other pictures than its text."""
+        if not self.turns or self.turns[-1].role != "user":
+            raise ValueError("the last turn must be the user's question")
+        marks = sum(turn.text.count(IMAGE_TOKEN) for turn in self.turns)
+        if marks != len(self.images):
+            raise ValueError(f"{marks} {IMAGE_TOKEN} in the text for {len(self.images)} images")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
-    index: int
-    ids: np.ndarray  # int32 [tokens], image placeholders expanded
-    images: tuple[str, ...]  # keys of the feature cache
-    budget: int  # new tokens that still fit into the model's context
+    ids: np.ndarray  # int32 [token], image placeholders expanded
+    images: tuple[str, ...]  # keys of the pictures, see `picture_key`
+    pictures: tuple[Picture, ...]
+    signature: np.ndarray
+    """int64 [token]: the ids, with another number for each picture's placeholders. Prompts whose signatures begin equally
+    begin with the same tokens and pictures."""
+
+    @classmethod
+    def of(cls, ids: np.ndarray, pictures: tuple[Picture, ...], image_token_id: int) -> Prompt:
+        """Raises ValueError when a picture's file is not there."""
+        keys = tuple(picture_key(picture) for picture in pictures)
+        signature = ids.astype(np.int64)
+        places = np.flatnonzero(ids == image_token_id)
+        for key, run in zip(keys, np.split(places, max(1, len(keys))), strict=bool(keys)):
+            digest = hashlib.sha256(key.encode(errors="surrogatepass")).digest()
+            signature[run] = -1 - (int.from_bytes(digest[:8], "little") >> 1)
+        return cls(ids, keys, pictures, signature)
+
+    def needed(self, start: int = 0) -> list[tuple[str, Picture]]:
+        """Pictures, with their keys, whose tokens stand at `start` or later."""
+        placeholders = self.signature < 0
+        tokens = int(placeholders.sum()) // max(1, len(self.images))
+        seen = int(placeholders[:start].sum()) // max(1, tokens)
+        return list(zip(self.images[seen:], self.pictures[seen:], strict=True))
 
 
 def picture_key(picture: Picture) -> str:
@@ -50,20 +77,3 @@ def picture_key(picture: Picture) -> str:
     except OSError as error:
         raise ValueError(f"{picture}: cannot be read ({error.strerror})") from None
     return f"{Path(picture).absolute()}\0{status.st_mtime_ns}\0{status.st_size}"
-
-
-def batches(
-    prompts: Sequence[Prompt], batch_size: int, token_budget: int, new_tokens: int
-) -> Iterator[list[Prompt]]:
-    """Neighbours together, as long as count and padded tokens stay within the bounds."""
-    batch: list[Prompt] = []
-    width = 0
-    for prompt in prompts:
-        grown = max(width, len(prompt.ids) + new_tokens)
-        if batch and (len(batch) == batch_size or grown * (len(batch) + 1) > token_budget):
-            yield batch
-            batch, grown = [], len(prompt.ids) + new_tokens
-        batch.append(prompt)
-        width = grown
-    if batch:
-        yield batch

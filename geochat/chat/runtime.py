@@ -1,16 +1,11 @@
-"""What generation needs from its surroundings: a device, a dtype, a way to hand over tokens and to stop."""
+"""What generation needs from its surroundings: a device, a dtype, memory."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
-from transformers import LogitsProcessor
-from transformers.generation import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 
 def pick_device(name: str = "auto") -> str:
@@ -34,42 +29,14 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if wide else torch.float16
 
 
-class TokenQueue(BaseStreamer):
-    """Tokens from the generating thread to the reading one."""
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self._queue.put(int(value.reshape(-1)[0]))
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        self._queue.put(None)
-
-    def __iter__(self) -> Iterator[int]:
-        while (token := self._queue.get()) is not None:
-            yield token
+def free_bytes(device: torch.device) -> int:
+    """Memory that may still be taken on a device."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
-class Stopped(StoppingCriteria):
-    """Ends generation once another thread asks for it."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-class Finite(LogitsProcessor):
-    """A model whose numbers have overflown says so; its answers would be noise."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if torch.isnan(scores).any():
-            raise RuntimeError(
-                f"the model's scores are not numbers ({scores.dtype}); load it in a wider dtype"
-            )
-        return scores
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in every layer of a language model."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize

@@ -19,16 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from geochat.chat.arguments import add_model_arguments, load_chat, number
+from geochat.chat.remote import RemoteChat
+from geochat.chat.service import Service
 from geochat.data.synthetic import draw_scene
 from geochat.data.synthetic_tasks import TEST_SEEDS
 from geochat.errors import stop
-from geochat.serve.session import Service, Sessions
+from geochat.serve.session import Asked, Sessions
 from geochat.serve.streams import Streams
 
 NANO = Path(__file__).resolve().parents[2] / "playground" / "nano"
 """The model of a clone of the repository, for a machine without weights."""
 
 LARGEST_UPLOAD = "256mb"
+
+AT_AN_ENDPOINT = 16
+"""Questions that an --endpoint gets at a time; the batching is its own."""
 
 THREADS = 256
 """Every question that waits or is being answered holds one."""
@@ -47,7 +52,7 @@ def draw_scenes(folder: Path) -> list[tuple[Path, str]]:
 
 
 def launch(
-    service: Service, folder: Path, host: str, port: int | None, auth: tuple[str, str] | None, model: str
+    service: Asked, folder: Path, host: str, port: int | None, auth: tuple[str, str] | None, model: str
 ) -> Any:
     """Start the server and return its `gradio.Blocks`; it runs in threads of its own.
 
@@ -97,11 +102,15 @@ def user_and_password(text: str) -> tuple[str, str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Serve until Ctrl-C. Raises ValueError, OSError or ImportError with the reason when it cannot start."""
-    model = arguments.model_path.resolve().name
-    service = Streams(load_chat(arguments))
+    import gradio  # noqa: F401  # missing, it is told before a large model is read
+
+    chat = load_chat(arguments)
+    remote = isinstance(chat, RemoteChat)
+    service: Any = Streams(chat, AT_AN_ENDPOINT) if remote else Service(chat)
+    name = arguments.endpoint or arguments.model_path.resolve().name
     with tempfile.TemporaryDirectory(prefix="geochat-demo-") as folder:
-        blocks = launch(service, Path(folder), arguments.host, arguments.port, arguments.auth, model)
-        print(f"geochat with {model}: {blocks.local_url} (Ctrl-C ends it)", flush=True)
+        blocks = launch(service, Path(folder), arguments.host, arguments.port, arguments.auth, name)
+        print(f"geochat with {name}: {blocks.local_url} (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
 
 

@@ -38,8 +38,8 @@ class Ticket(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
-class Service(Protocol):
-    """What answers questions."""
+class Asked(Protocol):
+    """What answers questions: `geochat.chat.service.Service`, or `geochat.serve.streams.Streams`."""
 
     def submit(self, request: Request, *, user: str, **options: Any) -> Ticket: ...
 
@@ -95,7 +95,7 @@ class Session:
             upright.save(self.picture, format="PNG", compress_level=1)
         self.size, self.small = upright.size, reduced(upright)
 
-    def ask(self, service: Service, question: str, **options: Any) -> Iterator[int]:
+    def ask(self, service: Asked, question: str, **options: Any) -> Iterator[int]:
         """Put a question and follow its answer in `exchanges`. Yields the number of questions before it, 0 once it
         is being answered. ValueError when it cannot be asked; an answer without a word leaves no exchange."""
         if not question.strip():

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from geochat.data.draw import colour
-from geochat.serve.session import Service, Session, Sessions
+from geochat.serve.session import Asked, Session, Sessions
 from geochat.serve.view import COLOURS, TASKS, Draft, coloured, readable, shortcut
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class Page:
     """The layout. `blocks` is what Gradio serves."""
 
     def __init__(
-        self, sessions: Sessions, service: Service, scenes: Sequence[tuple[Path, str]], model: str
+        self, sessions: Sessions, service: Asked, scenes: Sequence[tuple[Path, str]], model: str
     ) -> None:
         """`scenes` are example pictures with their captions; `model` is the name in the heading."""
         self.sessions, self.service, self.scenes = sessions, service, scenes
@@ -43,7 +43,8 @@ class Page:
 
     def _lay_out_picture(self) -> None:
         self.picture = gr.Image(
-            label="Picture. Two taps on it draw a box",
+            label="Picture",
+            show_label=False,
             type="filepath",
             sources=["upload", "clipboard"],
             buttons=["fullscreen"],
@@ -59,11 +60,19 @@ class Page:
             self.png = gr.DownloadButton("PNG", interactive=False, elem_id="png")
             self.geojson = gr.DownloadButton("GeoJSON", interactive=False, elem_id="geojson")
         with gr.Row():
-            self.angle = gr.Slider(-90, 90, 0, step=1, label="Turn of your box, degrees", elem_id="angle")
+            self.angle = gr.Slider(
+                -90,
+                90,
+                0,
+                step=1,
+                label="Two taps on the picture draw your box; turn it, degrees",
+                elem_id="angle",
+            )
             self.unbox = gr.Button("Remove your box", elem_id="unbox", min_width=120)
         self.gallery = gr.Gallery(
             [(str(file), caption) for file, caption in self.scenes],
             label="Example scenes",
+            show_label=False,
             columns=len(self.scenes),
             height=150,
             allow_preview=False,
@@ -85,7 +94,7 @@ class Page:
             label="Status", show_label=False, interactive=False, max_lines=1, elem_id="status"
         )
         with gr.Row():
-            self.tasks = [gr.Button(task, size="sm", min_width=90) for task in TASKS]
+            self.tasks = [gr.Button(task, size="sm", min_width=75) for task in TASKS]
         self.question = gr.Textbox(label="Question", lines=1, max_lines=8, autofocus=True, elem_id="question")
         with gr.Row():
             self.send = gr.Button("Send", variant="primary", min_width=90, elem_id="send")
@@ -113,6 +122,7 @@ class Page:
         self.again.click(self.ask_again, self.settings, api_name="regenerate", **answers)
         self.stop.click(self.stop_answer, queue=False, api_name="stop")
         self.clear.click(self.forget, None, everything, queue=False, api_name="clear")
+        self.chat.clear(self.forget, None, everything, **at_once)
         # Without Gradio's own preprocessing, which would decode the picture before our checks.
         self.picture.upload(
             self.show, self.picture, everything, preprocess=False, concurrency_limit=4, api_name="show"

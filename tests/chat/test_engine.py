@@ -1,4 +1,4 @@
-"""Batch invariance, streaming and refusals on a tiny random model in float32."""
+"""Asking, streaming and refusals on a tiny random model in float32."""
 
 from __future__ import annotations
 
@@ -10,64 +10,10 @@ torch = pytest.importorskip("torch")
 
 from PIL import Image  # noqa: E402
 
-from geochat.chat import engine  # noqa: E402
 from geochat.chat.engine import Chat, Request  # noqa: E402
-from geochat.chat.request import Prompt, batches  # noqa: E402
+from geochat.chat.sampling import Settings  # noqa: E402
 from geochat.data.sample import Turn  # noqa: E402
-
-QUESTIONS = [
-    "Is there a ship in the image?",
-    "How many ships are there?",
-    "[refer] where is <p>the red ship</p> ?",
-    "Classify the given image in one of the following classes. Classes: harbour, desert",
-    "Describe the image in detail. " * 6,
-]
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat.load(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def requests(tiny_records) -> list[Request]:
-    images = sorted(tiny_records.image_folder.iterdir())
-    asked = [Request.ask(question, image) for image in images for question in QUESTIONS]
-    asked.append(Request.ask("What does an infrared band show?"))
-    asked.append(Request.ask("What differs between the two?", images[0], images[1]))
-    asked.append(Request.ask(QUESTIONS[0], images[0]).follow("yes", "How many?"))
-    return asked
-
-
-def test_answers_do_not_depend_on_the_batch(chat: Chat, requests: list[Request]) -> None:
-    alone = [chat.answer([request], max_new_tokens=12)[0] for request in requests]
-    assert len({answer.token_ids for answer in alone}) > 5  # the questions are told apart
-    for batch_size in (2, 7, len(requests)):
-        assert chat.answer(requests, max_new_tokens=12, batch_size=batch_size) == alone
-    backwards = chat.answer(requests[::-1], max_new_tokens=12, batch_size=5)
-    assert backwards[::-1] == alone
-
-
-def test_logits_of_a_padded_prompt_equal_its_own(chat: Chat, requests: list[Request]) -> None:
-    pictures: dict = {}
-    prompts = [chat._prepare(i, request, 1, pictures) for i, request in enumerate(requests)]
-    with torch.inference_mode():
-        together = chat.model(**chat._embed(prompts, pictures), logits_to_keep=1).logits[:, 0]
-        for row, prompt in enumerate(prompts):
-            alone = chat.model(**chat._embed([prompt], pictures), logits_to_keep=1).logits[0, 0]
-            torch.testing.assert_close(together[row], alone, atol=2e-5, rtol=0)
-
-
-def test_equals_the_models_own_path_over_pixels(chat: Chat, requests: list[Request]) -> None:
-    """Features put in by us are those that transformers puts in from pixel values."""
-    pictures: dict = {}
-    prompt = chat._prepare(0, requests[0], 1, pictures)
-    pixels = chat.processor.pixels(engine.open_image(requests[0].images[0]))[None]
-    with torch.inference_mode():
-        ours = chat.model(**chat._embed([prompt], pictures)).logits
-        ids = torch.from_numpy(prompt.ids.astype("int64"))[None]
-        theirs = chat.model(input_ids=ids, pixel_values=pixels).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+from tests.chat.conftest import QUESTIONS  # noqa: E402
 
 
 def test_an_image_is_encoded_once_for_all_its_questions(
@@ -93,9 +39,9 @@ def test_an_image_is_encoded_once_for_all_its_questions(
 def test_the_feature_cache_is_bounded(chat: Chat, tiny_records) -> None:
     requests = [Request.ask("What?", image) for image in sorted(tiny_records.image_folder.iterdir())]
     one_image = 36 * 64 * 4  # tokens, hidden size, bytes of a float32
-    small = Chat(chat.model, chat.processor, cache_bytes=2 * one_image + 1)
+    small = Chat(chat.model, chat.processor, cache_bytes=2 * one_image + 1, prefix_bytes=0)
     assert small.answer(requests, max_new_tokens=2) == chat.answer(requests, max_new_tokens=2)
-    assert len(small._features) == 2
+    assert len(small._pictures._features) == 2
 
 
 def test_stream_is_the_answer_in_pieces(chat: Chat, requests: list[Request]) -> None:
@@ -110,23 +56,6 @@ def test_a_closed_stream_stops_the_model(chat: Chat, requests: list[Request]) ->
     next(stream)
     stream.close()
     assert chat.answer([requests[0]], max_new_tokens=2)[0].token_ids
-
-
-def test_a_failure_in_the_streaming_thread_is_raised(
-    chat: Chat, requests: list[Request], monkeypatch
-) -> None:
-    monkeypatch.setattr(chat, "_embed", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        list(chat.stream(requests[0]))
-
-
-def test_no_token_without_text_is_generated(chat: Chat, requests: list[Request]) -> None:
-    config = chat._generation_config(4, 0.0, 1.0)
-    rows = chat.model.get_input_embeddings().weight.shape[0]
-    assert {chat.processor.image_token_id, chat.processor.pad_token_id, rows - 1} <= set(
-        config.suppress_tokens
-    )
-    assert not set(config.suppress_tokens) & set(chat._stops)
 
 
 def test_the_checkpoints_generation_config_changes_nothing(chat: Chat, requests: list[Request]) -> None:
@@ -156,7 +85,7 @@ def test_sampling_is_reproducible_under_a_seed(chat: Chat, requests: list[Reques
 
 
 def test_the_context_bounds_the_answer(chat: Chat, requests: list[Request], monkeypatch) -> None:
-    length = len(chat._prepare(0, requests[0], 1, {}).ids)
+    length = len(chat.row(requests[0], Settings()).prompt.ids)
     monkeypatch.setattr(chat, "context", length + 3)
     mixed = [requests[0], Request.ask("What?")]
     answers = chat.answer(mixed, max_new_tokens=10)
@@ -165,14 +94,6 @@ def test_the_context_bounds_the_answer(chat: Chat, requests: list[Request], monk
     monkeypatch.setattr(chat, "context", length)
     with pytest.raises(ValueError, match=r"request 1: .* tokens leave no room"):
         chat.answer([mixed[1], requests[0]])
-
-
-def test_batches_keep_to_the_token_budget() -> None:
-    import numpy as np
-
-    prompts = [Prompt(i, np.zeros(n, np.int32), (), 5) for i, n in enumerate((10, 10, 40, 10, 200))]
-    sizes = [[p.index for p in batch] for batch in batches(prompts, 3, 100, 5)]
-    assert sizes == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +128,12 @@ def test_settings_out_of_range(chat: Chat, requests: list[Request]) -> None:
     for options in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}):
         with pytest.raises(ValueError, match=r"must|lies"):
             chat.answer(requests[:1], **options)
+
+
+def test_no_token_without_text_is_said(chat: Chat) -> None:
+    rows = chat.model.get_input_embeddings().weight.shape[0]
+    assert {chat.processor.image_token_id, chat.processor.pad_token_id, rows - 1} <= set(chat._silent)
+    assert not set(chat._silent) & set(chat._stops)
 
 
 def test_nan_is_an_error_not_an_answer(chat: Chat, requests: list[Request]) -> None:

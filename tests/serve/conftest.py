@@ -29,11 +29,12 @@ class Line:
         if self.kind == "say":
             yield from self.text
         else:
-            with self.scripted.counting():
-                for number in range(2000):
-                    yield f"{number} "
-                    if self.stopped.wait(0.05):
-                        return
+            self.scripted.counting += 1
+            for number in range(2000):
+                yield f"{number} "
+                if self.stopped.wait(0.05):
+                    break
+            self.scripted.counting -= 1
 
 
 class Scripted:
@@ -41,27 +42,13 @@ class Scripted:
 
     def __init__(self, service: Any) -> None:
         self.service = service
-        self.running = 0
+        self.counting = 0
 
     def submit(self, request: Any, **options: Any) -> Any:
         kind, colon, text = request.turns[-1].text.removeprefix("<image>\n").partition(": ")
         if colon and kind in ("say", "count", "fail"):
             return Line(kind, text, self)
         return self.service.submit(request, **options)
-
-    def counting(self) -> Any:
-        return _Counted(self)
-
-
-class _Counted:
-    def __init__(self, scripted: Scripted) -> None:
-        self.scripted = scripted
-
-    def __enter__(self) -> None:
-        self.scripted.running += 1
-
-    def __exit__(self, *reason: object) -> None:
-        self.scripted.running -= 1
 
 
 class Demo(NamedTuple):
@@ -78,13 +65,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     pytest.importorskip("torch")
     pytest.importorskip("gradio", reason="the serve extra (gradio) is not installed")
     from geochat.chat.engine import Chat
+    from geochat.chat.service import Service
     from geochat.data.synthetic import draw_scene
     from geochat.serve.gradio_web_server import NANO, launch
-    from geochat.serve.streams import Streams
 
     folder = tmp_path_factory.mktemp("demo")
     chat = Chat.load(NANO, device="cpu")
-    service = Scripted(Streams(chat))
+    service = Scripted(Service(chat))
     scene = folder / "harbour.png"
     draw_scene(7, name="harbour").image.save(scene)
     blocks = launch(service, folder / "files", "127.0.0.1", None, None, "nano")
