@@ -209,7 +209,8 @@ class Page:
 
     def tap(self, angle: float, request: gr.Request, at: gr.SelectData) -> Changes:
         session = self._session(request)
-        session.tap(*at.index, angle)
+        x, y = at.index
+        session.tap(x, y, angle)
         return self._draft(session)
 
     def turn(self, angle: float, request: gr.Request) -> Changes:
