@@ -63,7 +63,7 @@ def test_scoring_without_torch() -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'transformers'): sys.modules[name] = None\n"
-        "import geochat.eval.benchmark, geochat.eval.metrics, geochat.eval.score\n"
+        "import geochat.eval.benchmark, geochat.eval.metrics, geochat.eval.score, geochat.eval.submit\n"
     )
     result = run_fresh(code)
     assert result.returncode == 0, result.stderr

@@ -62,7 +62,7 @@ class Sample:
         images = _images(record.get("image"), where)
         if folder := record.get("source_dataset"):
             images = tuple(f"{folder}/{name}" for name in images)
-        turns = _turns(record.get("conversations"), where)
+        turns = read_turns(record, where)
         marked = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
         if marked != len(images):
             raise ImageCountError(f"{where}: {marked} {IMAGE_TOKEN} in the text for {len(images)} image(s)")
@@ -75,6 +75,12 @@ class Sample:
             record["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
         record["conversations"] = [{"from": _WRITTEN[turn.role], "value": turn.text} for turn in self.turns]
         return record
+
+
+def read_turns(record: dict[str, Any], where: str = "record") -> tuple[Turn, ...]:
+    """The conversation of a record alone, whatever number of images its text marks. Raises: ValueError, as
+    `Sample.from_record`."""
+    return _turns(record.get("conversations"), where)
 
 
 def user_turn(text: str, images: int = 0) -> Turn:

@@ -1,19 +1,25 @@
-"""From questions to answered rows: what is asked, asking, and what an earlier run has left."""
+"""From questions to answered rows: what is asked, and asking."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
 
-from geochat.chat.engine import Chat, Request
-from geochat.eval.benchmark import Benchmark, index_by_id
-from geochat.eval.files import Row, read_rows
+from geochat.chat.engine import MOST_ROWS, Chat
+from geochat.chat.remote import RemoteChat
+from geochat.chat.request import Request
+from geochat.chat.text import Answer
+from geochat.eval.benchmark import Benchmark
+from geochat.eval.files import Row
 
-ANSWERS, PARTIAL = "answers.jsonl", "answers.partial.jsonl"
+CHUNK = 4
+"""Batches that are asked at once: enough that places do not stay empty, few enough that a kill loses little."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,15 @@ class Item:
 
     row: Row
     image: Path | None
+
+    @property
+    def key(self) -> str:
+        return str(self.row["question_id"])
+
+    @property
+    def group(self) -> str:
+        """Equal for questions about one picture."""
+        return f"question {self.key}" if self.image is None else str(self.image)
 
     @property
     def request(self) -> Request:
@@ -42,14 +57,15 @@ def collect(
         where = f"{benchmark.name}: question {question['question_id']}"
         if (row := benchmark.prepare(question, where)) is None:
             continue
-        image = image_folder / benchmark.image_of(row, where) if benchmark.image else None
+        name = benchmark.image_of(row, where)
+        image = image_folder / name if name else None
         # Beside an answer, `text` are the model's words and `answer` would be mistaken for them.
         columns = {
             "expected" if key == "answer" else key: value for key, value in question.items() if key != "text"
         }
-        seen = _seen(image) if image else {}
-        items.append(Item({**columns, **seen, "prompt": benchmark.prompt_of(row, where)}, image))
-    missing = [item.image for item in items if item.image and not item.image.is_file()]
+        items.append(Item({**columns, "prompt": benchmark.prompt_of(row, where)}, image))
+    there = cache(Path.is_file)
+    missing = [item.image for item in items if item.image and not there(item.image)]
     if missing:
         some = ", ".join(str(path) for path in missing[:3])
         raise ValueError(
@@ -58,54 +74,52 @@ def collect(
     return items
 
 
+def look(items: Sequence[Item]) -> list[Item]:
+    """Each picture's size in pixels in its rows, and a hash by which a later run knows whether it is the same one."""
+    seen = cache(_seen)
+    return [Item({**item.row, **(seen(item.image) if item.image else {})}, item.image) for item in items]
+
+
 def ask(
-    chat: Chat, benchmark: Benchmark, items: Sequence[Item], *, batch_size: int, max_new_tokens: int
+    chat: Chat | RemoteChat, items: Sequence[Item], *, batch_size: int | None, max_new_tokens: int
 ) -> Iterator[list[Row]]:
-    """Answered rows, some batches at a time, task by task: a batch is done when its longest answer is, so that a word
-    should not wait for a description. A question that cannot be asked has text None and says why in `error`."""
-    columns = (benchmark.metric.column, benchmark.prompt.column)
-    items = sorted(items, key=lambda item: [str(item.row.get(column)) for column in columns])
-    for start in range(0, len(items), 4 * batch_size):
-        chunk = items[start : start + 4 * batch_size]
-        requests = [item.request for item in chunk]
-        results = chat.answer_each(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    """Answered rows, some batches at a time, picture by picture: what questions have in common is computed once.
+
+    `batch_size`: questions answered at a time; None leaves it to the model. A question that cannot be asked has text
+    None and says why in `error`. Raises ConnectionError when a server is gone.
+    """
+    options = {"max_new_tokens": max_new_tokens} | ({"batch_size": batch_size} if batch_size else {})
+    for chunk in _chunks(items, CHUNK * (batch_size or MOST_ROWS)):
+        results = _answers(chat, chunk, **options)
         yield [
-            {**item.row, "text": None, "finished": False, "error": str(result)}
-            if isinstance(result, ValueError)
-            else {**item.row, "text": result.text, "finished": result.finished}
+            {**item.row, "text": result.text, "finished": result.finished}
+            if isinstance(result, Answer)
+            else {**item.row, "text": None, "finished": False, "error": str(result)}
             for item, result in zip(chunk, results, strict=True)
         ]
 
 
-def resume(folder: Path, items: Sequence[Item], identity: Row) -> dict[str, Row]:
-    """Answers that an earlier run left in the folder, by question_id; failed ones are asked again.
+def _chunks(items: Sequence[Item], least: int) -> Iterator[list[Item]]:
+    """Whole pictures, as many as hold `least` questions."""
+    chunk: list[Item] = []
+    for _, questions in groupby(sorted(items, key=lambda item: item.group), key=lambda item: item.group):
+        chunk += questions
+        if len(chunk) >= least:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
 
-    The other columns (truth, strata) are taken from the questions as they are now.
-    Raises ValueError when the answers come from another model, prompt or picture, or other settings.
-    """
-    rows: list[Row] = []
-    if (folder / PARTIAL).exists():
-        rows = read_rows(folder / PARTIAL, torn_end=True)
-    elif (folder / ANSWERS).exists():
-        rows = read_rows(folder / ANSWERS)
-    done = index_by_id([row for row in rows if row.get("text") is not None], str(folder))
-    for item in items:
-        if (row := done.get(str(item.row["question_id"]))) is None:
-            continue
-        asked: Row = {key: item.row[key] for key in ("prompt", "picture") if key in item.row}
-        now: Row = {**identity, **asked}
-        for key, value in now.items():
-            if row.get(key) != value:
-                raise ValueError(
-                    f"{folder}: holds answers of another run ({key} was {row.get(key)!r}, now {value!r}); "
-                    "choose another --output, or --overwrite"
-                )
-        done[str(item.row["question_id"])] = {**row, **item.row}
-    return done
+
+def _answers(chat: Chat | RemoteChat, chunk: Sequence[Item], **options: int) -> list[Answer | Exception]:
+    """One result per question. What breaks the model at one question does not take the others with it."""
+    try:
+        return list(chat.answer_each([item.request for item in chunk], **options))
+    except RuntimeError as error:
+        return [error] if len(chunk) == 1 else [_answers(chat, [item], **options)[0] for item in chunk]
 
 
 def _seen(image: Path) -> Row:
-    """Size in pixels, and a hash of the file by which a later run knows whether it is the same picture."""
     try:
         digest = hashlib.sha256(image.read_bytes()).hexdigest()[:16]
         with Image.open(image) as opened:

@@ -1,22 +1,33 @@
-"""Runs side by side: the headline figures of every task as a table and as bars."""
+"""Two runs on the same questions: what the second has gained, how sure that is, and which answers have changed.
+
+    python -m geochat.eval.compare RUN_A RUN_B [--names base fine-tuned]
+
+A run is a folder of `geochat.eval.run` or of `geochat.eval.score --output`. Only questions in both count; the others
+are named. Right and wrong answers are compared by McNemar's exact test, graded ones by a paired bootstrap; the interval
+of the gain draws questions about one picture together.
+"""
 
 from __future__ import annotations
 
-import io
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from geochat.errors import stop
 from geochat.eval.benchmark import index_by_id
 from geochat.eval.files import Row, read_json, read_rows
+from geochat.eval.intervals import figure_of, grades, interval, mcnemar, paired, sums
 from geochat.eval.metrics import METRICS
-from geochat.eval.score import Scores, cell, headline
+from geochat.eval.score import Scores, cell, markdown
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model's answers to a benchmark, by question_id, with their verdicts."""
+    """One model's verdicts by question_id, and its answers where they lie beside them."""
 
     name: str
     scores: Scores
@@ -25,80 +36,138 @@ class Run:
 
     @classmethod
     def load(cls, path: Path, name: str) -> Run:
-        """A run's folder, or a scores.json alone (then without answers). ValueError names what is missing."""
-        if path.is_file():
-            return cls(name, _scores(path), {}, {})
-        answers, samples = path / "answers.jsonl", path / "samples.jsonl"
+        """From the folder, or from a file in it. ValueError names what is missing."""
+        folder = path.parent if path.is_file() else path
+        answers, samples = folder / "answers.jsonl", folder / "samples.jsonl"
         return cls(
             name,
-            _scores(path / "scores.json"),
-            index_by_id(read_rows(answers), str(answers)),
+            _scores(folder / "scores.json"),
+            index_by_id(read_rows(answers), str(answers)) if answers.exists() else {},
             index_by_id(read_rows(samples), str(samples)),
         )
 
+    def picture(self, key: str) -> str:
+        """Equal for questions about one picture; the question itself where the answers do not name pictures."""
+        row = self.answers.get(key, {})
+        return str(row.get("picture") or row.get("image") or row.get("image_id") or f"question {key}")
 
-def compare(runs: Sequence[Run]) -> list[list[str]]:
-    """Each task's headline figure in every run, in percent, and what each has gained over the first, in points."""
-    first = runs[0].scores
-    for run in runs[1:]:
-        if run.scores["benchmark"] != first["benchmark"]:
-            raise ValueError(f"{run.scores['benchmark']} cannot be compared with {first['benchmark']}")
-    rows = [
-        [
-            "task: figure (%)",
-            "n",
-            *(run.name for run in runs),
-            *(f"{run.name} − {runs[0].name}" for run in runs[1:]),
-        ]
-    ]
-    for name, task in first["tasks"].items():
-        summaries = [run.scores["tasks"].get(name, {}).get("overall", {}) for run in runs]
-        if len({summary.get("n") for summary in summaries}) > 1:
-            counts = ", ".join(str(summary.get("n", 0)) for summary in summaries)
-            raise ValueError(f"{name}: the runs answered different questions ({counts})")
-        asked = [{k for k, v in run.verdicts.items() if v["task"] == name} for run in runs if run.verdicts]
-        if any(ids != asked[0] for ids in asked):
-            raise ValueError(f"{name}: the runs answered different questions (their question_ids differ)")
-        values = [summary[task["headline"]] for summary in summaries]
-        gains = [
-            "–" if None in (value, values[0]) else f"{100 * (value - values[0]):+.2f}" for value in values[1:]
-        ]
-        shown = [cell(task["headline"], value) for value in values]
-        rows.append([f"{name}: {task['headline']}", str(summaries[0]["n"]), *shown, *gains])
+    def of_task(self, task: str) -> dict[str, Row]:
+        return {key: verdict for key, verdict in self.verdicts.items() if verdict["task"] == task}
+
+    def sums(self, task: str, keys: Sequence[str]) -> np.ndarray:
+        """Of the task's headline figure over these questions; see geochat.eval.intervals."""
+        return sums([self.verdicts[key] for key in keys], self.scores["tasks"][task]["headline"])
+
+    def interval(self, task: str, keys: Sequence[str], value: float | None) -> tuple[float, float] | None:
+        """95 % of the task's headline figure, which is `value` over these questions. None for a figure that is no
+        ratio of sums over questions."""
+        parts = self.sums(task, keys)
+        if value is None or not math.isclose(float(figure_of(parts.sum(axis=0))), value, rel_tol=1e-6):
+            return None
+        return interval(parts, [self.picture(key) for key in keys])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One task of two runs, over the questions that both have answered."""
+
+    task: str
+    figure: str
+    n: int
+    values: tuple[float | None, float | None]
+    interval: tuple[float, float] | None  # of the gain
+    p: float | None
+    test: str
+    better: list[str]  # question_ids
+    worse: list[str]
+
+
+def pair(first: Run, second: Run) -> list[Pair]:
+    """Every task of both. ValueError when the runs are of different benchmarks, or share no question."""
+    names = [run.scores["benchmark"] for run in (first, second)]
+    if names[0] != names[1]:
+        raise ValueError(f"{names[1]} cannot be compared with {names[0]}")
+    found = []
+    for task, scores in first.scores["tasks"].items():
+        common = [key for key in first.of_task(task) if second.verdicts.get(key, {}).get("task") == task]
+        if common:
+            found.append(_pair(first, second, task, scores["headline"], common))
+    if not found:
+        raise ValueError(f"{first.name} and {second.name} have no question in common")
+    return found
+
+
+def _pair(first: Run, second: Run, task: str, figure: str, keys: list[str]) -> Pair:
+    parts = [run.sums(task, keys) for run in (first, second)]
+    gain, p = paired(parts[0], parts[1], [first.picture(key) for key in keys])
+    graded = [grades(one, figure) for one in parts]
+    better = [key for key, a, b in zip(keys, *graded, strict=True) if b > a]
+    worse = [key for key, a, b in zip(keys, *graded, strict=True) if b < a]
+    test = "bootstrap"
+    if figure == "accuracy":
+        p, test = mcnemar(len(worse), len(better)), "McNemar"
+    values = [METRICS[run.verdicts[keys[0]]["metric"]].summarise([run.verdicts[key] for key in keys])[figure]
+              for run in (first, second)]  # fmt: skip
+    return Pair(task, figure, len(keys), (values[0], values[1]), gain, p, test, better, worse)
+
+
+def only_in(run: Run, other: Run) -> list[str]:
+    return [key for key in run.verdicts if key not in other.verdicts]
+
+
+def table(pairs: Sequence[Pair], names: Sequence[str]) -> list[list[str]]:
+    """Figures in percent, gains in points; heading first."""
+    rows = [["task: figure (%)", "n", *names, "gain", "95 % of the gain", "better", "worse", "p", "test"]]
+    for one in pairs:
+        a, b = one.values
+        rows.append(
+            [
+                f"{one.task}: {one.figure}",
+                str(one.n),
+                cell(one.figure, a),
+                cell(one.figure, b),
+                "–" if a is None or b is None else f"{100 * (b - a):+.2f}",
+                "–"
+                if one.interval is None
+                else f"{100 * one.interval[0]:+.1f} to {100 * one.interval[1]:+.1f}",
+                str(len(one.better)),
+                str(len(one.worse)),
+                "–" if one.p is None else f"{one.p:.2g}",
+                one.test,
+            ]
+        )
     return rows
 
 
-def score_bars(runs: Sequence[Run]) -> bytes:
-    """PNG of each task's headline figure per run, with its 95 % interval where there is one."""
-    from matplotlib.figure import Figure
+def missing_in_one(first: Run, second: Run) -> list[str]:
+    """A line for each run that has questions which the other has not."""
+    lines = []
+    for run, other in ((first, second), (second, first)):
+        if keys := only_in(run, other):
+            lines.append(f"only in {run.name} ({len(keys)}): {', '.join(keys)}")
+    return lines
 
-    tasks = runs[0].scores["tasks"]
-    figure = Figure(figsize=(max(5.0, 1.5 + 1.15 * len(tasks)), 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.8 / len(runs)
-    for number, run in enumerate(runs):
-        places = [i - 0.4 + width * (number + 0.5) for i in range(len(tasks))]
-        summaries = [run.scores["tasks"][name]["overall"] for name in tasks]
-        heights = [100 * (s[task["headline"]] or 0.0) for s, task in zip(summaries, tasks.values())]
-        ends = [s.get("interval95") or (math.nan, math.nan) for s in summaries]  # not a number: no whisker
-        error = [
-            [max(0.0, h - 100 * low) for h, (low, _) in zip(heights, ends)],
-            [max(0.0, 100 * high - h) for h, (_, high) in zip(heights, ends)],
-        ]
-        drawn = axes.bar(places, heights, width * 0.92, yerr=error, label=run.name, capsize=2, ecolor="#0008")
-        axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)
-    labels = [f"{name}\n{task['headline']}" for name, task in tasks.items()]
-    axes.set_xticks(range(len(tasks)), labels, fontsize=8)
-    axes.set(ylim=(0, 109), ylabel="%")
-    axes.set_title(headline(runs[0].scores), fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(runs) > 1:
-        axes.legend(
-            fontsize=8, ncols=len(runs), loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False
-        )
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=140)
-    return content.getvalue()
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m geochat.eval.compare", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="folder of a scored run")
+    parser.add_argument("--names", nargs=2, help="what to call the runs; default: the folders' names")
+    arguments = parser.parse_args(argv)
+    names = arguments.names or [path.resolve().name for path in arguments.runs]
+    try:
+        first, second = (Run.load(path, name) for path, name in zip(arguments.runs, names, strict=True))
+        pairs = pair(first, second)
+    except (ValueError, OSError) as error:
+        stop(error)
+    print(markdown(table(pairs, names)))
+    for line in missing_in_one(first, second):
+        print(line)
+    for one in pairs:
+        for word, keys in (("better", one.better), ("worse", one.worse)):
+            if keys:
+                print(f"{one.task}, {word} in {second.name} ({len(keys)}): {', '.join(keys)}")
 
 
 def _scores(path: Path) -> Scores:
@@ -109,3 +178,7 @@ def _scores(path: Path) -> Scores:
         if task.get("metric") not in METRICS:
             raise ValueError(f"{path}: task {name}: unknown metric {task.get('metric')!r}")
     return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -69,3 +69,24 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise ValueError(f"{path}: not a JSON file") from None
+
+
+def with_ids(rows: list[Row], column: str) -> list[Row]:
+    """The rows with `question_id`, where they have none from another column; "" for no other."""
+    return [
+        row if "question_id" in row or column not in row else {**row, "question_id": row[column]}
+        for row in rows
+    ]
+
+
+def index_by_id(rows: list[Row], source: str) -> dict[str, Row]:
+    """Rows by `question_id` as text. ValueError when an id is missing or occurs twice."""
+    index: dict[str, Row] = {}
+    for number, row in enumerate(rows, 1):
+        if row.get("question_id") is None:
+            raise ValueError(f"{source}: row {number} has no question_id")
+        key = str(row["question_id"])
+        if key in index:
+            raise ValueError(f"{source}: row {number}: question_id {key!r} occurs twice")
+        index[key] = row
+    return index

@@ -23,11 +23,19 @@ th:first-child, td:first-child { text-align: left; }
 article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem; margin: 1rem 0; }
 .panels { display: flex; gap: .8rem; flex-wrap: wrap; }
 figure { margin: 0; flex: 1 1 240px; max-width: 400px; }
-figure img, .bars { width: 100%; height: auto; border-radius: 4px; }
-.bars { max-width: 860px; background: #fff; }
+figure img { width: 100%; height: auto; border-radius: 4px; }
+.plot { display: block; max-width: min(100%, 860px); margin: 1rem 0; border-radius: 4px; background: #fff; }
 figcaption { font-size: 13px; overflow-wrap: anywhere; white-space: pre-wrap; }
 .question { font-weight: 600; overflow-wrap: anywhere; white-space: pre-wrap; }
 .right { color: var(--good); } .wrong { color: var(--bad); } .note { opacity: .75; }
+@media print {
+  :root { color-scheme: light; }
+  body { max-width: none; margin: 0; font-size: 11px; }
+  article, .plot, figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  .wide { overflow: visible; }
+  figure { max-width: 31%; }
+}
 """
 
 
@@ -51,6 +59,12 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
+def links(targets: Sequence[tuple[str, str]]) -> str:
+    """Names and the pages that they lead to."""
+    entries = "".join(f'<li><a href="{escape(target)}">{escape(name)}</a></li>' for name, target in targets)
+    return f"<ul>{entries}</ul>"
+
+
 def html_table(rows: Sequence[Sequence[str]]) -> str:
     """The first row is the heading."""
     lines = []
@@ -60,8 +74,9 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
     return '<div class="wide"><table>' + "".join(lines) + "</table></div>"
 
 
-def bars(png: bytes) -> str:
-    return f'<img class="bars" alt="score bars" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def plot(png: bytes, name: str) -> str:
+    source = base64.b64encode(png).decode()
+    return f'<img class="plot" alt="{escape(name)}" src="data:image/png;base64,{source}">'
 
 
 def figure(image: Image.Image, caption: str, verdict: bool | None = None) -> str:

@@ -1,132 +1,69 @@
-"""Show what was scored: a page of pictures with true and predicted boxes, score bars, and a comparison of runs.
+"""Show what was scored: figures with their intervals, plots, published numbers, and pictures with their boxes.
 
     python -m geochat.eval.report RUN [RUN …] --output DIR [--names base fine-tuned]
-    python -m geochat.eval.report A/scores.json B/scores.json        # only prints the comparison
+    python -m geochat.eval.report RUN [RUN …]                        # only prints the tables
 
-RUN is a folder written by `geochat.eval.run`; several runs must have answered the same questions. DIR gets index.html
-(one file, pictures inside), contact_sheet.png, scores.png and, for several runs, comparison.md.
+RUN is a folder written by `geochat.eval.run`; several runs of one benchmark are compared on the questions that they
+share. DIR gets index.html (one file, pictures inside), report.md, contact_sheet.png and scores.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from geochat.data.boxes import Box, parse_regions, without_boxes
-from geochat.data.draw import contact_sheet, draw_regions
-from geochat.data.images import open_image
 from geochat.errors import stop
 from geochat.eval import page
 from geochat.eval.benchmark import Benchmark
-from geochat.eval.compare import Run, compare, score_bars
+from geochat.eval.charts import confusion_matrix, score_bars, strata_bars
+from geochat.eval.compare import Run, missing_in_one, pair, table
+from geochat.eval.examples import Example, example, pick, sheet, worst
 from geochat.eval.files import write_bytes, write_text
-from geochat.eval.metrics import truth_polygons
-from geochat.eval.score import answer_text, markdown, sections
+from geochat.eval.measures import confusion, measure, overview, strata
+from geochat.eval.published import beside
+from geochat.eval.score import headline, markdown, sections
 
-PANEL = 384  # shorter side of a drawn picture, in pixels
-
-
-@dataclass(frozen=True)
-class Example:
-    """A question as it is shown: the true picture, and one picture, caption and verdict per run."""
-
-    question: str
-    task: str
-    boxes: bool
-    truth: tuple[Image.Image, str]
-    answers: list[tuple[Image.Image, str, bool]]
+Figures = tuple[str, list[list[str]], list[str]]
+"""Heading, table, remarks."""
 
 
-def pick(runs: Sequence[Run], count: int) -> list[str]:
-    """Question ids drawn at random (the same each time) from each task, in their order: typical, not flattering."""
-    by_task: dict[str, list[str]] = {}
-    for key, verdict in runs[0].verdicts.items():
-        if all(key in run.verdicts and key in run.answers for run in runs):
-            by_task.setdefault(verdict["task"], []).append(key)
-    chosen: list[str] = []
-    for task, keys in by_task.items():
-        share = min(len(keys), max(1, count // len(by_task)))
-        chosen += [keys[i] for i in sorted(random.Random(task).sample(range(len(keys)), share))]
-    return chosen
+def tables(runs: Sequence[Run], benchmark: Benchmark) -> list[Figures]:
+    """Each run's figures, the comparison with the first run, and published figures beside them."""
+    found: list[Figures] = [(run.name, overview(run), []) for run in runs]
+    for run in runs[1:]:
+        compared = table(pair(runs[0], run), [runs[0].name, run.name])
+        found.append((f"{run.name} against {runs[0].name}", compared, missing_in_one(runs[0], run)))
+    if benchmark.published:
+        found.append(("Published figures", beside(runs, benchmark.published), []))
+    return found
 
 
-def example(key: str, runs: Sequence[Run], benchmark: Benchmark, image_folder: Path) -> Example:
-    """Draw one question. ValueError names the question or the picture."""
-    where = f"question {key}"
-    row = benchmark.prepare(runs[0].answers[key], where) or {}
-    try:
-        image = open_image(image_folder / benchmark.image_of(row, where))
-    except ValueError:
-        if runs[0].answers[key].get("text") is not None:
-            raise
-        image = Image.new("RGB", (PANEL, PANEL), "lightgray")  # it could not be asked for this very reason
-    truth = row[benchmark.truth.of(row, where)]
-    boxes = runs[0].verdicts[key]["metric"] == "boxes"
-    true_boxes = (
-        [Box.from_polygon(p, *image.size) for p in truth_polygons(truth, image.size)] if boxes else []
-    )
-    caption = f"truth: {plural(len(true_boxes))}" if boxes else f"truth: {truth}"
-    answers = []
-    for run in runs:
-        text = answer_text(run.answers[key], where)
-        verdict = run.verdicts[key]
-        drawn = draw_regions(image, parse_regions(text), truth=true_boxes, min_side=PANEL)
-        if boxes:
-            found = sum(iou >= 0.5 for iou in verdict["ious"])
-            said = f"{run.name}: {found} of {len(true_boxes)} found, {verdict['predicted']} predicted"
-            said += f"\n{without_boxes(text)}" if without_boxes(text) else ""
-            right = found == len(true_boxes) == verdict["predicted"]
-        else:
-            said, right = f"{run.name}: {text or '(no answer)'}", verdict["correct"]
-        answers.append((drawn, said, right))
-    true_picture = draw_regions(image, [], truth=true_boxes, min_side=PANEL)
-    return Example(row["prompt"], runs[0].verdicts[key]["task"], boxes, (true_picture, caption), answers)
+def bars(runs: Sequence[Run]) -> bytes:
+    """PNG of every task's headline figure."""
+    tasks = runs[0].scores["tasks"]
+    groups = [(f"{task}\n{tasks[task]['headline']}", [measure(run, task) for run in runs]) for task in tasks]
+    return score_bars([run.name for run in runs], groups, headline(runs[0].scores))
 
 
-def sheet(examples: Sequence[Example]) -> Image.Image:
-    """Rows of: the true boxes, then every run's. Without box questions: pictures with what was said of them."""
-    pictured = [e for e in examples if e.boxes]
-    if not pictured:
-        said = [(e.truth[0], "\n".join([e.truth[1], *(text for _, text, _ in e.answers)])) for e in examples]
-        return contact_sheet(said, columns=4)
-    panels = [
-        panel
-        for e in pictured
-        for panel in [
-            (e.truth[0], f"{e.question}\n{e.truth[1]}"),
-            *((image, said) for image, said, _ in e.answers),
-        ]
-    ]
-    return contact_sheet(panels, columns=1 + len(pictured[0].answers))
-
-
-def build(runs: Sequence[Run], examples: Sequence[Example], title: str) -> str:
+def build(
+    runs: Sequence[Run],
+    benchmark: Benchmark,
+    figures: Sequence[Figures],
+    chart: bytes,
+    examples: Sequence[Example],
+    failures: Sequence[Example],
+    title: str,
+) -> str:
     """The HTML page."""
-    parts = [page.bars(score_bars(runs))]
-    if len(runs) > 1:
-        parts += [page.heading("Comparison"), page.html_table(compare(runs))]
-    boxes, texts = [e for e in examples if e.boxes], [e for e in examples if not e.boxes]
-    if boxes:
-        parts += [page.heading("True and predicted boxes")]
-        parts += [page.note("Drawn at random, not chosen by score. White and dashed: the true boxes.")]
-    for e in boxes:
-        figures = [page.figure(*e.truth), *(page.figure(*answer) for answer in e.answers)]
-        parts.append(page.article(f"{e.task} · {e.question}", figures))
-    if texts:
-        parts += [page.heading("Questions answered in words")]
-    for e in texts:
-        said = [
-            page.html_table(
-                [["", "answer"], ["", e.truth[1]], *([_mark(right), text] for _, text, right in e.answers)]
-            )
-        ]
-        parts.append(page.article(f"{e.task} · {e.question}", [page.figure(e.truth[0], ""), *said]))
+    parts = [page.plot(chart, "score bars")]
+    for name, rows, remarks in figures:
+        parts += [page.heading(name), page.html_table(rows), *map(page.note, remarks)]
+    parts += [page.note("Intervals: 95 %, bootstrap; questions about one picture are drawn together.")]
+    parts += [*_groups(runs), *_confusions(runs, benchmark)]
+    parts += _articles("Answered worst", "Of equally bad answers some at random.", failures)
+    parts += _articles("At random", "Not chosen by score; the same each time.", examples)
     for run in runs:
         parts.append(page.heading(f"All figures: {run.name}"))
         model = {key: run.scores[key] for key in ("model_path", "model", "decoding") if key in run.scores}
@@ -135,34 +72,77 @@ def build(runs: Sequence[Run], examples: Sequence[Example], title: str) -> str:
     return page.page(title, parts)
 
 
+def _groups(runs: Sequence[Run]) -> list[str]:
+    names = [run.name for run in runs]
+    plots = [
+        page.plot(strata_bars(names, groups, f"{task} by {column}"), f"{task} by {column}")
+        for task, column, groups in strata(runs)
+    ]
+    return [page.heading("By group"), *plots] if plots else []
+
+
+def _confusions(runs: Sequence[Run], benchmark: Benchmark) -> list[str]:
+    plots = []
+    for run in runs:
+        for task in run.scores["tasks"]:
+            if found := confusion(run, benchmark, task):
+                plots.append(page.plot(confusion_matrix(*found, f"{run.name}: {task}"), f"confusion: {task}"))
+    return [page.heading("What is taken for what"), *plots] if plots else []
+
+
+def _articles(title: str, remark: str, examples: Sequence[Example]) -> list[str]:
+    """Questions with boxes as pictures side by side, the others as a picture and a table of what was said."""
+    if not examples:
+        return []
+    boxes = " White and dashed: the true boxes." if any(e.boxes for e in examples) else ""
+    parts = [page.heading(title), page.note(remark + boxes)]
+    for e in examples:
+        if e.boxes:
+            shown = [page.figure(*e.truth), *(page.figure(*answer) for answer in e.answers)]
+        else:
+            said = [["", "answer"], ["", e.truth[1]], *([_mark(right), text] for _, text, right in e.answers)]
+            shown = [page.figure(e.truth[0], ""), page.html_table(said)]
+        parts.append(page.article(f"{e.task} · {e.question}", shown))
+    return parts
+
+
 def write_report(
     runs: Sequence[Run],
     output: Path,
     *,
     benchmark: Benchmark,
     image_folder: Path,
+    figures: Sequence[Figures],
     title: str,
     pictures: int = 32,
 ) -> None:
-    """index.html, contact_sheet.png, scores.png and comparison.md in `output`."""
-    examples = [example(key, runs, benchmark, image_folder) for key in pick(runs, pictures)]
-    write_text(output / "index.html", build(runs, examples, title))
-    write_bytes(output / "scores.png", score_bars(runs))
-    content = io.BytesIO()
-    sheet(examples).save(content, "PNG")
-    write_bytes(output / "contact_sheet.png", content.getvalue())
-    if len(runs) > 1:
-        write_text(output / "comparison.md", markdown(compare(runs)))
+    """index.html, report.md, contact_sheet.png and scores.png in `output`."""
+    examples, failures = (
+        [example(key, runs, benchmark, image_folder) for key in keys]
+        for keys in (pick(runs, pictures), worst(runs, pictures // 2))
+    )
+    chart = bars(runs)
+    write_text(output / "index.html", build(runs, benchmark, figures, chart, examples, failures, title))
+    write_text(output / "report.md", text_of(runs, figures))
+    write_bytes(output / "scores.png", chart)
+    if examples:
+        content = io.BytesIO()
+        sheet(examples).save(content, "PNG")
+        write_bytes(output / "contact_sheet.png", content.getvalue())
+
+
+def text_of(runs: Sequence[Run], figures: Sequence[Figures]) -> str:
+    """The tables as Markdown."""
+    texts = [f"# {headline(runs[0].scores)}"]
+    for name, rows, remarks in figures:
+        texts += [f"## {name}", markdown(rows).rstrip(), *remarks]
+    return "\n\n".join(texts) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m geochat.eval.report", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "runs", type=Path, nargs="+", help="folders of geochat.eval.run, or scores.json files"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="folder for the page; without it the comparison is printed"
-    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of geochat.eval.run")
+    parser.add_argument("--output", type=Path, help="folder for the page; without it the tables are printed")
     parser.add_argument("--names", nargs="+", help="what to call the runs; default: the folders' names")
     parser.add_argument("--image-folder", type=Path, help="default: where the first run found the images")
     parser.add_argument("--benchmark", help="default: the first run's")
@@ -174,15 +154,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(names) != len(arguments.runs):
             raise ValueError(f"{len(names)} names for {len(arguments.runs)} runs")
         runs = [Run.load(path, name) for path, name in zip(arguments.runs, names)]
-        print(markdown(compare(runs)))
+        first = runs[0].scores
+        benchmark = Benchmark.load(arguments.benchmark or first.get("source") or first["benchmark"])
+        figures = tables(runs, benchmark)
+        print(text_of(runs, figures))
         if not arguments.output:
             return
-        first = runs[0].scores
+        if not (image_folder := arguments.image_folder or first.get("image_folder")):
+            raise ValueError(f"{names[0]}: does not say where the pictures are; give --image-folder")
         write_report(
             runs,
             arguments.output,
-            benchmark=Benchmark.load(arguments.benchmark or first["source"]),
-            image_folder=arguments.image_folder or Path(first["image_folder"]),
+            benchmark=benchmark,
+            image_folder=Path(image_folder),
+            figures=figures,
             title=arguments.title or f"{first['benchmark']}: {' and '.join(names)}",
             pictures=arguments.pictures,
         )
@@ -191,12 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop(error)
 
 
-def plural(boxes: int) -> str:
-    return "1 box" if boxes == 1 else f"{boxes} boxes"
-
-
-def _mark(right: bool) -> str:
-    return "✓" if right else "✗"
+def _mark(right: bool | None) -> str:
+    return "" if right is None else "✓" if right else "✗"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Ask a model the questions of a benchmark, keep the answers, score them.
 
     python -m geochat.eval.run --model-path M --benchmark NAME|FILE.toml --output DIR
+    torchrun --nproc-per-node 8 -m geochat.eval.run …          # the questions are shared out; one GPU per process
+    python -m geochat.eval.run … --shard 0/8                   # one share, for a job array; each I from 0 to 7
 
 DIR/answers.jsonl holds one row per question: the prompt, the model's own words, the decoding settings, the model's
-fingerprint and the truth. It appears when complete; until then answers collect in DIR/answers.partial.jsonl, and the
-same command goes on where it was stopped. DIR/scores.json, scores.md and samples.jsonl follow from it alone
-(`python -m geochat.eval.score`).
+fingerprint and the truth. It appears when complete; until then each process keeps its answers in DIR/answers.partial.*,
+and the same command, also with another number of processes, goes on where it was stopped. DIR/scores.json, scores.md
+and samples.jsonl follow from it alone (`python -m geochat.eval.score`).
 """
 
 from __future__ import annotations
@@ -16,76 +18,100 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from geochat.chat.arguments import add_model_arguments, load_chat, number
 from geochat.chat.engine import Chat
+from geochat.chat.remote import RemoteChat
 from geochat.errors import stop
-from geochat.eval.answers import ANSWERS, PARTIAL, ask, collect, resume
-from geochat.eval.benchmark import Benchmark, index_by_id
-from geochat.eval.files import Row, write_rows
-from geochat.eval.metrics import IOU_MODES
+from geochat.eval.answers import ask, collect, look
+from geochat.eval.benchmark import Benchmark
+from geochat.eval.checks import notes
+from geochat.eval.files import Row
+from geochat.eval.progress import ANSWERS, Progress
 from geochat.eval.score import Scores, judge, summarise, table, write_scores
+from geochat.eval.shards import Shard
+from geochat.eval.verdicts import IOU_MODES
 from geochat.model.base import BaseRecord
 from geochat.model.checkpoint import fingerprint
 from geochat.model.formats.gguf_file import is_gguf
 
 
 def evaluate(
-    chat: Chat, benchmark: Benchmark, questions: Sequence[Row], image_folder: Path, batch_size: int = 16
+    chat: Chat,
+    benchmark: Benchmark,
+    questions: Sequence[Row],
+    image_folder: Path,
+    batch_size: int | None = None,
 ) -> Scores:
     """Scores without files: validation during training."""
-    items = collect(benchmark, questions, image_folder)
-    parts = ask(chat, benchmark, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
-    rows = [row for part in parts for row in part]
-    return summarise(judge(rows, benchmark), benchmark, total=len(questions))
+    items = look(collect(benchmark, questions, image_folder))
+    parts = ask(chat, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
+    rows = {str(row["question_id"]): row for part in parts for row in part}
+    return summarise(judge([rows[item.key] for item in items], benchmark), benchmark, total=len(questions))
 
 
-def run(arguments: argparse.Namespace) -> Scores:
-    """The whole command. Raises ValueError with one line for whatever the user can mend."""
+def run(arguments: argparse.Namespace) -> Scores | None:
+    """The whole command; None when other shards are still to end.
+
+    Raises ValueError with one line for whatever the user can mend.
+    """
     benchmark = Benchmark.load(arguments.benchmark)
-    questions_file = arguments.questions or benchmark.root / benchmark.questions
-    if not questions_file.is_file():
-        raise ValueError(
-            f"{questions_file}: no question file there; give --questions, or set GEOCHAT_BENCHMARKS to its folder"
-        )
-    questions = benchmark.read_questions(questions_file)
-    start = questions_file.parent if arguments.questions else benchmark.root
-    image_folder = arguments.image_folder or start / benchmark.image_folder
+    questions, image_folder = _read(benchmark, arguments)
     items = collect(benchmark, questions, image_folder, arguments.limit)
     if not items:
-        raise ValueError(f"{questions_file}: no question is left to ask")
-    judge([{**item.row, "text": ""} for item in items], benchmark)  # a truth that cannot be used shows now
-    budget = arguments.max_new_tokens or benchmark.max_new_tokens
-    model = _fingerprint(arguments)
+        raise ValueError(f"{benchmark.name}: no question is left to ask")
+    shard = arguments.shard.split()
+    share = look(shard.share(items))
+    judge([{**item.row, "text": ""} for item in share], benchmark)  # a truth that cannot be used shows now
+    model = "" if arguments.endpoint else _fingerprint(arguments)
+    arguments.device = _own_device(arguments)
     chat = load_chat(arguments)
-    identity = {"model": model, "decoding": _decoding(chat, budget, arguments)}
-    folder: Path = arguments.output
-    done = {} if arguments.overwrite else resume(folder, items, identity)
-    left = [item for item in items if str(item.row["question_id"]) not in done]
-    write_rows(folder / PARTIAL, list(done.values()))  # without the failures and a torn last line
+    budget = arguments.max_new_tokens or benchmark.max_new_tokens
+    identity = {"model": model or chat.model, "decoding": _decoding(chat, budget, arguments)}
+    progress = Progress(arguments.output, shard, identity)
+    left = progress.begin(share, arguments.overwrite)
     with (
-        (folder / PARTIAL).open("a", encoding="utf-8", errors="backslashreplace") as file,
-        tqdm(total=len(items), initial=len(items) - len(left), desc=benchmark.name, disable=None) as bar,
+        progress.file.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        tqdm(total=len(share), initial=len(share) - len(left), desc=benchmark.name, disable=None) as bar,
     ):
-        for rows in ask(chat, benchmark, left, batch_size=arguments.batch_size, max_new_tokens=budget):
-            rows = [{**row, **identity} for row in rows]
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for rows in ask(chat, left, batch_size=arguments.batch_size, max_new_tokens=budget):
+            lines = [json.dumps({**row, **identity}, ensure_ascii=False) + "\n" for row in rows]
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
-            done |= index_by_id(rows, "answers")
             bar.update(len(rows))
-    answers = [done[str(item.row["question_id"])] for item in items]
-    write_rows(folder / ANSWERS, list(done.values()) if arguments.limit else answers)
-    (folder / PARTIAL).unlink()
+    answers = progress.join(items, keep_others=arguments.limit is not None)
+    if answers is None:
+        return None
     judged = judge(answers, benchmark, arguments.iou)
     total = len(answers) if arguments.limit else len(questions)
     scores = summarise(judged, benchmark, total=total, iou=arguments.iou)
-    scores |= {"model_path": str(arguments.model_path), **identity}
+    scores |= {"model_path": str(arguments.model_path or arguments.endpoint), **identity}
     scores |= {"source": arguments.benchmark, "image_folder": str(image_folder)}
+    scores["notes"] = notes(answers, benchmark)
     scores["not_asked"] = sum(row["text"] is None for row in answers)
-    write_scores(folder, scores, judged)
+    write_scores(arguments.output, scores, judged)
     return scores
+
+
+def _read(benchmark: Benchmark, arguments: argparse.Namespace) -> tuple[list[Row], Path]:
+    """The questions and the folder of their pictures."""
+    file = arguments.questions or benchmark.root / benchmark.questions
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no question file there; give --questions, or set GEOCHAT_BENCHMARKS to its folder"
+        )
+    start = file.parent if arguments.questions else benchmark.root
+    return benchmark.read_questions(file), arguments.image_folder or start / benchmark.image_folder
+
+
+def _own_device(arguments: argparse.Namespace) -> str:
+    """Of several processes on a machine each has its own GPU."""
+    if arguments.device != "auto" or arguments.endpoint or not torch.cuda.is_available():
+        return arguments.device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def _fingerprint(arguments: argparse.Namespace) -> str:
@@ -98,11 +124,12 @@ def _fingerprint(arguments: argparse.Namespace) -> str:
     return "+".join(fingerprint(path) for path in parts if path and path.exists())
 
 
-def _decoding(chat: Chat, max_new_tokens: int, arguments: argparse.Namespace) -> Row:
-    """What may change an answer; the batch size may not, and is not in it."""
-    return {
-        "max_new_tokens": max_new_tokens,
-        "temperature": 0.0,
+def _decoding(chat: Chat | RemoteChat, max_new_tokens: int, arguments: argparse.Namespace) -> Row:
+    """What may change an answer; the batch size may not, and is not in it. A server keeps the rest to itself."""
+    decoding: Row = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
+    if isinstance(chat, RemoteChat):
+        return decoding
+    return decoding | {
         "template": chat.processor.template.name,
         "image_size": chat.processor.image_size,
         "image_mode": chat.processor.image_mode,
@@ -118,9 +145,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for answers and scores")
     parser.add_argument("--questions", type=Path, help="question file, where not where the benchmark says")
     parser.add_argument("--image-folder", type=Path, help="images, where not where the benchmark says")
+    parser.add_argument(
+        "--shard", type=Shard.parse, default=Shard(), metavar="I/N", help="ask only share I of N, from 0"
+    )
     parser.add_argument("--limit", type=number(1, whole=True), help="ask only the first questions")
     parser.add_argument(
-        "--batch-size", type=number(1, whole=True), default=16, help="questions at a time; changes no answer"
+        "--batch-size",
+        type=number(1, whole=True),
+        help="questions at a time, or requests under way; changes no answer; default: what memory holds, or 16",
     )
     parser.add_argument("--max-new-tokens", type=number(1, whole=True), help="default: the benchmark's")
     parser.add_argument(
@@ -134,6 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores = run(arguments)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         stop(error)
+    if scores is None:
+        print(f"this share is answered; the last one writes {arguments.output / ANSWERS} and the scores")
+        return
     print(table(scores))
     if scores["not_asked"]:
         print(

@@ -1,10 +1,9 @@
-"""Score a file of answers: no torch, no images, no network.
+"""Score a file of answers: no torch, no network.
 
-    python -m geochat.eval.score ANSWERS.jsonl --benchmark NAME|FILE.toml [--questions FILE] [--iou hbb] [--output DIR]
+    python -m geochat.eval.score ANSWERS.jsonl --benchmark NAME|FILE.toml [--questions FILE] [--output DIR]
 
-Reads the answers that `geochat.eval.run` writes, and the original programs' answer files (`answer` or `text` holds the
-words). Truth comes with the answers, or by `question_id` from the question file; with a question file, a question
-without an answer counts as failed.
+Reads the answers that `geochat.eval.run` writes, and those of GeoChat, LLaVA, RSEvalKit and XTuner. Truth comes with the
+answers, or by `question_id` from the question file; with a question file, a question without an answer counts as failed.
 """
 
 from __future__ import annotations
@@ -15,108 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from geochat.errors import stop
-from geochat.eval.benchmark import Benchmark, index_by_id
-from geochat.eval.files import Row, read_rows, write_json, write_rows, write_text
-from geochat.eval.metrics import IOU_MODES, METRICS, IouMode, Question, Summary, bare
+from geochat.eval.answer_files import answer_text, read_answers
+from geochat.eval.benchmark import Benchmark
+from geochat.eval.checks import notes
+from geochat.eval.files import Row, write_json, write_rows, write_text
+from geochat.eval.judging import Scores, join, judge, summarise
+from geochat.eval.metrics import IOU_MODES, MATCHES
+from geochat.eval.verdicts import Summary
 
-Scores = dict[str, Any]
-
-
-def answer_text(row: Row, where: str) -> str:
-    """The model's words: `text` where a `prompt` stands beside it (ours, LLaVA's), else `answer` (GeoChat's)."""
-    key = "answer" if "answer" in row and "prompt" not in row else "text"
-    if key not in row:
-        raise ValueError(f"{where}: the row has neither `answer` nor `text`")
-    if row[key] is None:
-        return ""  # the question could not be asked; counted as failed
-    if not isinstance(row[key], str):
-        raise ValueError(f"{where}: {key} must be a string, not {type(row[key]).__name__}")
-    return row[key]
-
-
-def join(answers: list[Row], questions: list[Row], source: str) -> list[Row]:
-    """One row per question with the columns of both; the question's win but for the words of the answer."""
-    given = index_by_id(answers, source)
-    asked = index_by_id(questions, "questions")
-    if strangers := [key for key in given if key not in asked]:
-        raise ValueError(
-            f"{source}: {len(strangers)} answers belong to no question, the first is {strangers[0]!r}: "
-            "is this the question file they were made from?"
-        )
-    rows = []
-    for key, question in asked.items():
-        words = answer_text(given[key], f"{source}: {key}") if key in given else None
-        columns = {name: value for name, value in question.items() if name not in ("text", "answer")}
-        rows.append({**given.get(key, {}), **columns, "prompt": "", "text": words})
-    return rows
-
-
-def judge(
-    rows: list[Row], benchmark: Benchmark, iou: IouMode = "rotated", source: str = "answers"
-) -> list[Row]:
-    """One verdict per row that counts: question_id, task, metric, strata and the metric's own fields."""
-    index_by_id(rows, source)
-    kept: list[tuple[Row, str, str, Any]] = []
-    labels: dict[str, set[str]] = {}
-    for given in rows:
-        where = f"{source}: question {given['question_id']}"
-        if (row := benchmark.prepare(given, where)) is None:
-            continue
-        task = str(row[benchmark.metric.column]) if benchmark.metric.column in row else benchmark.name
-        column = benchmark.truth.of(row, where)
-        if row.get(column) is None:
-            raise ValueError(
-                f"{where}: no truth in column {column!r}; give the question file with --questions"
-            )
-        kept.append((row, where, task, row[column]))
-        if isinstance(row[column], str):
-            labels.setdefault(_group(benchmark, row, task), set()).add(bare(row[column]))
-    judged = []
-    for row, where, task, truth in kept:
-        name = benchmark.metric.of(row, where)
-        group = frozenset(labels.get(_group(benchmark, row, task), ()))
-        question = Question(truth, _size(benchmark, row, where), group, iou)
-        try:
-            verdict = METRICS[name].judge(answer_text(row, where), question)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        strata = {s: row[s] for s in benchmark.strata if s in row}
-        if "ious" in verdict:
-            strata.setdefault("objects", {0: "none", 1: "single"}.get(len(verdict["ious"]), "multi"))
-        judged.append({"question_id": row["question_id"], "task": task, "metric": name, **strata, **verdict})
-    return judged
-
-
-def summarise(judged: list[Row], benchmark: Benchmark, *, total: int, iou: IouMode = "rotated") -> Scores:
-    """Scores as one JSON value: `tasks[name]` → metric, headline, overall (micro), macro, strata[column][value]."""
-    tasks: dict[str, Any] = {}
-    for task in dict.fromkeys(row["task"] for row in judged):
-        verdicts = [row for row in judged if row["task"] == task]
-        metric = METRICS[verdicts[0]["metric"]]
-        strata: dict[str, dict[str, Summary]] = {}
-        for column in benchmark.strata:
-            values = sorted({str(v[column]) for v in verdicts if column in v})
-            if values:
-                strata[column] = {
-                    value: metric.summarise([v for v in verdicts if str(v.get(column)) == value])
-                    for value in values
-                }
-        tasks[task] = {
-            "metric": verdicts[0]["metric"],
-            "headline": metric.headline,
-            "overall": metric.summarise(verdicts),
-            "macro": _macro(strata, metric.headline),
-            "strata": strata,
-        }
-    scores: Scores = {
-        "benchmark": benchmark.name,
-        "n": len(judged),
-        "excluded": total - len(judged),
-        "tasks": tasks,
-    }
-    if any(task["metric"] == "boxes" for task in tasks.values()):
-        scores["iou"] = iou
-    return scores
+__all__ = [
+    "Scores",
+    "answer_text",
+    "cell",
+    "headline",
+    "join",
+    "judge",
+    "markdown",
+    "sections",
+    "summarise",
+    "table",
+    "write_scores",
+]
 
 
 def sections(scores: Scores) -> list[list[list[str]]]:
@@ -147,12 +65,14 @@ def markdown(rows: list[list[str]]) -> str:
 def headline(scores: Scores) -> str:
     parts = [f"{scores['excluded']} excluded"] if scores["excluded"] else []
     parts += [f"{scores['iou']} IoU"] if "iou" in scores else []
+    parts += [f"METEOR: {scores['meteor']}"] if "meteor" in scores else []
     return f"{scores['benchmark']}: {scores['n']} questions" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def table(scores: Scores) -> str:
-    """The scores as Markdown."""
-    return "\n".join([f"# {headline(scores)}\n", *map(markdown, sections(scores))])
+    """The scores as Markdown, below them what `geochat.eval.checks` noted."""
+    noted = [f"- {note}\n" for note in scores.get("notes", [])]
+    return "\n".join([f"# {headline(scores)}\n", *map(markdown, sections(scores)), *noted])
 
 
 def write_scores(folder: Path, scores: Scores, judged: list[Row]) -> None:
@@ -164,51 +84,48 @@ def write_scores(folder: Path, scores: Scores, judged: list[Row]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m geochat.eval.score", description=__doc__.split("\n")[0])
-    parser.add_argument("answers", type=Path, help="answers, one JSON object per line")
+    parser.add_argument("answers", type=Path, help="answers: JSON Lines, a JSON array or XTuner's .xlsx")
     parser.add_argument("--benchmark", required=True, help="name of a benchmark or a .toml file")
     parser.add_argument(
         "--questions", type=Path, help="question file, where the answers do not carry the truth"
     )
+    parser.add_argument("--image-folder", type=Path, help="check that the pictures are there")
     parser.add_argument(
         "--iou", choices=IOU_MODES, default="rotated", help="hbb: of the horizontal envelopes"
     )
+    parser.add_argument("--match", choices=MATCHES, help="match boxes as this program did, faults included")
+    parser.add_argument("--scorer", help="score as this program did, faults included: rsevalkit, xtuner")
     parser.add_argument("--output", type=Path, help="folder for scores.json, scores.md and samples.jsonl")
     arguments = parser.parse_args(argv)
     try:
-        benchmark = Benchmark.load(arguments.benchmark)
-        rows = read_rows(arguments.answers)
-        if arguments.questions:
-            rows = join(rows, benchmark.read_questions(arguments.questions), str(arguments.answers))
-        judged = judge(rows, benchmark, arguments.iou, str(arguments.answers))
-        scores = summarise(judged, benchmark, total=len(rows), iou=arguments.iou)
-        if arguments.output:
-            write_scores(arguments.output, scores, judged)
-    except (ValueError, OSError) as error:
+        scores = _score(arguments)
+    except (ValueError, OSError, ImportError) as error:
         stop(error)
     print(table(scores))
 
 
-def _group(benchmark: Benchmark, row: Row, task: str) -> str:
-    return f"{task}/{row.get(benchmark.labels_by, '')}"
+def _score(arguments: argparse.Namespace) -> Scores:
+    benchmark = Benchmark.load(arguments.benchmark)
+    rows = read_answers(arguments.answers, benchmark)
+    if arguments.questions:
+        rows = join(rows, benchmark.read_questions(arguments.questions), str(arguments.answers))
+    judged = judge(rows, benchmark, arguments.iou, str(arguments.answers), _instead(benchmark, arguments))
+    scores = summarise(judged, benchmark, total=len(rows), iou=arguments.iou)
+    scores["notes"] = notes(rows, benchmark, arguments.image_folder)
+    if arguments.output:
+        write_scores(arguments.output, scores, judged)
+    return scores
 
 
-def _size(benchmark: Benchmark, row: Row, where: str) -> tuple[int, int] | None:
-    if "width" in row and "height" in row:
-        return int(row["width"]), int(row["height"])
-    size = benchmark.image_size.of(row, where)
-    return (int(size[0]), int(size[1])) if size else None
-
-
-def _macro(strata: dict[str, dict[str, Summary]], headline: str) -> Summary:
-    """Means over the groups of the first stratum, of every share that all of them have."""
-    over, groups = next(iter(strata.items()), ("", {}))
-    if len(groups) < 2:
-        return {}
-    keys = [key for key, value in next(iter(groups.values())).items() if isinstance(value, float)]
-    keys = [key for key in keys if all(group.get(key) is not None for group in groups.values())]
-    return {"over": over, "groups": len(groups)} | {
-        key: sum(group[key] for group in groups.values()) / len(groups) for key in keys
-    }
+def _instead(benchmark: Benchmark, arguments: argparse.Namespace) -> dict[str, str]:
+    instead = {"boxes": MATCHES[arguments.match]} if arguments.match else {}
+    if arguments.match and "boxes" not in benchmark.metric.values():
+        raise ValueError(f"--match is for boxes; {benchmark.name} has none")
+    if arguments.scorer and arguments.scorer not in benchmark.scorers:
+        raise ValueError(
+            f"{benchmark.name} has no scorer {arguments.scorer!r}; known: {', '.join(benchmark.scorers) or 'none'}"
+        )
+    return instead | ({"": benchmark.scorers[arguments.scorer]} if arguments.scorer else {})
 
 
 def _cells(summary: Summary, keys: list[str]) -> list[str]:

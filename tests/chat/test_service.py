@@ -107,14 +107,14 @@ def test_an_error_ends_one_request_alone(
     chat: Chat, service: Service, requests: list[Request], tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bad.png").write_bytes(b"no image")
-    begin, fails = Batch._begin, requests[5].images[0]
+    embed, fails = Batch._embed, requests[5].images[0]
 
-    def broken(batch, rows):
-        if fails in rows[0].prompt.pictures:
+    def broken(batch, rows, parts):
+        if any(fails in row.prompt.pictures for row in rows):
             raise MemoryError("no room")
-        begin(batch, rows)
+        return embed(batch, rows, parts)
 
-    monkeypatch.setattr(Batch, "_begin", broken)
+    monkeypatch.setattr(Batch, "_embed", broken)
     good = [service.submit(request, max_new_tokens=NEW) for request in requests[:3]]
     unreadable = service.submit(Request.ask("What?", tmp_path / "bad.png"), max_new_tokens=NEW)
     failing = service.submit(requests[5], max_new_tokens=NEW)

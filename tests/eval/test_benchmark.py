@@ -8,6 +8,7 @@ import pytest
 
 from geochat.eval.benchmark import Benchmark, Choice, index_by_id, known
 from geochat.eval.files import read_json, read_rows, write_json, write_rows
+from geochat.eval.submit import LAYOUTS
 
 MINIMAL = 'name = "x"\nmetric = "exact_match"\n'
 
@@ -18,7 +19,8 @@ def test_shipped_benchmarks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark = Benchmark.load(name)
     assert benchmark.name == name
     assert benchmark.description
-    assert benchmark.root == Path("/data/bench")
+    assert benchmark.root == Path("/data/bench") / benchmark.folder
+    assert benchmark.submission in {"", *LAYOUTS}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,10 @@ def test_shipped_benchmarks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ('name = "x"\nmetric = "bleu"', "unknown metric 'bleu'; known: exact_match"),
         ('name = "x"\n[metric]\nscene = "exact_match"', 'needs `column = "…"`'),
         (MINIMAL + "questions = 3", "questions must be a string"),
+        (MINIMAL + 'format = "csv"', "unknown format 'csv'; known: rows, rsvqa"),
+        (MINIMAL + 'scorers.other = "bleu"', "unknown metric 'bleu'"),
+        (MINIMAL + "variants.a = 1", "variants must be tables"),
+        (MINIMAL + "[variants.a]", "there is no variant ''; its variants: x/a"),
         (MINIMAL + '[columns]\nc = "x"', "columns.c must be"),
         (MINIMAL + '[columns]\nc = { from = "a", pattern = "(" }', "columns.c: "),
         (MINIMAL + '[columns]\nc = { from = "a", pattern = "a" }', "exactly one"),
@@ -48,6 +54,21 @@ def test_unknown_and_missing() -> None:
         Benchmark.load("aids")
     with pytest.raises(ValueError, match="cannot be read"):
         Benchmark.load("nowhere.toml")
+
+
+def test_variants_of_a_users_file(tmp_path: Path) -> None:
+    file = tmp_path / "ships.toml"
+    file.write_text(
+        MINIMAL + 'folder = "f"\n[variants.a]\nquestions = "a.jsonl"\nmetric = "yes_no"\n[variants.b]\n'
+    )
+    first, second = Benchmark.load(f"{file}/a"), Benchmark.load(f"{file}/b")
+    assert (first.name, first.questions, first.metric.default) == ("x/a", "a.jsonl", "yes_no")
+    assert (second.name, second.questions, second.metric.default) == ("x/b", "questions.jsonl", "exact_match")
+    assert first.root == tmp_path / "f"
+    with pytest.raises(ValueError, match="no variant 'c'; its variants: x/a, x/b"):
+        Benchmark.load(f"{file}/c")
+    with pytest.raises(ValueError, match="no variant 'a'; its variants: none"):
+        Benchmark.load("aid/a")
 
 
 def test_a_row_is_completed() -> None:
@@ -76,22 +97,9 @@ def test_prompts_by_column() -> None:
 
 
 def test_braces_in_a_question_are_left_alone() -> None:
-    benchmark = Benchmark.load("region_captioning_lite")
+    benchmark = Benchmark.load("region_captioning")
     row = {"question": "{<87><34><91><35>|<90>}"}
     assert benchmark.prompt_of(row, "q").endswith("at {<87><34><91><35>|<90>}")
-
-
-@pytest.mark.parametrize(
-    ("phrase", "word"),
-    [
-        ("small ship", "ship"),
-        ("1 airport  at the center of the image.", "airport"),
-        ("1 white small-vehicle at the top right", "small-vehicle"),
-    ],
-)
-def test_class_word_of_a_region_caption(phrase: str, word: str) -> None:
-    benchmark = Benchmark.load("region_captioning_lite")
-    assert benchmark.prepare({"question_id": "a", "ground_truth": phrase}, "q")["class"] == word
 
 
 def test_rows_left_out() -> None:
@@ -142,3 +150,24 @@ def test_question_ids_are_there_and_differ() -> None:
         index_by_id([{"question_id": 0}, {}], "f")
     with pytest.raises(ValueError, match="row 2: question_id '1' occurs twice"):
         index_by_id([{"question_id": 1}, {"question_id": "1"}], "f")
+
+
+def test_land_cover_files_are_not_exchanged() -> None:
+    assert Benchmark.load("vhm/multilabel_gid").questions == "mlc_gid_test.json"
+    assert Benchmark.load("vhm/multilabel_fbp").questions == "mlc_fbp_test.json"
+
+
+def test_every_question_of_vhm_has_its_prefix() -> None:
+    prefixes = {
+        "scene": "CLS",
+        "vqa": "VQA",
+        "grounding": "VG",
+        "color": "IDK",
+        "presence": "IDK",
+        "position": "IDK",
+    }
+    prefixes |= {"relative": "IDK"}
+    for name in (name for name in known() if name.startswith("vhm/")):
+        start = name.removeprefix("vhm/").split("_")[0]
+        prompt = Benchmark.load(name).prompt_of({"text": "Q"}, name)
+        assert prompt == f"{{{prefixes.get(start, 'IT')}}} Q"

@@ -1,8 +1,7 @@
-"""The page holds what was answered, as text, with both runs' boxes; comparisons refuse what cannot be compared."""
+"""The page holds what was answered, as text, with both runs' boxes, its figures and plots."""
 
 from __future__ import annotations
 
-import copy
 import io
 import re
 from html.parser import HTMLParser
@@ -12,12 +11,17 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import numpy as np
 from PIL import Image
 
-from geochat.eval.benchmark import Benchmark
-from geochat.eval.compare import Run, compare, score_bars
+from geochat.eval.benchmark import Benchmark, known
+from geochat.eval.charts import confusion_matrix, score_bars, strata_bars
+from geochat.eval.compare import Run
+from geochat.eval.examples import pick, worst
 from geochat.eval.files import read_json, write_json, write_rows
-from geochat.eval.report import main, pick
+from geochat.eval.measures import confusion, measure, strata
+from geochat.eval.published import beside
+from geochat.eval.report import main
 from geochat.eval.score import judge, summarise, write_scores
 
 BOX = [[10, 10], [50, 10], [50, 50], [10, 50]]
@@ -87,9 +91,13 @@ def test_page(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[st
             "6",
         ]
     )
-    assert "| refer: recall@0.5 | 5 | 0.00 | 100.00 | +100.00 |" in capsys.readouterr().out
+    assert (
+        "| refer: recall@0.5 | 5 | 0.00 | 100.00 | +100.00 | +100.0 to +100.0 | 5 | 0 |"
+        in capsys.readouterr().out
+    )
     names = {path.name for path in (tmp_path / "page").iterdir()}
-    assert names == {"index.html", "contact_sheet.png", "scores.png", "comparison.md"}
+    assert names == {"index.html", "contact_sheet.png", "scores.png", "report.md"}
+    assert "## fine-tuned against base" in (tmp_path / "page" / "report.md").read_text()
     tags = Tags()
     tags.feed((tmp_path / "page" / "index.html").read_text())
     assert tags.open == []
@@ -98,10 +106,9 @@ def test_page(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all(
         source.startswith("data:image/") for source in tags.sources
     )  # nothing beside the file is needed
-    assert tags.tags.count("article") == 6
-    assert (
-        len(tags.sources) == 1 + 3 * 3 + 3
-    )  # bars, three panels per box question, one picture per other question
+    assert tags.tags.count("article") == 6 + 2
+    # Bars; three panels per box question, one picture per other question, at random and of the worst.
+    assert len(tags.sources) == 1 + (3 * 3 + 3) + (3 + 1)
     with Image.open(tmp_path / "page" / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 300
 
@@ -117,9 +124,9 @@ def test_one_run_of_words_alone(runs: list[Path], tmp_path: Path) -> None:
     write_rows(folder / "answers.jsonl", rows)
     write_scores(folder, scores, judged)
     main([str(folder), "--output", str(tmp_path / "page")])
-    assert not (tmp_path / "page" / "comparison.md").exists()
+    assert "against" not in (tmp_path / "page" / "report.md").read_text()
     assert (tmp_path / "page" / "contact_sheet.png").is_file()
-    assert "True and predicted boxes" not in (tmp_path / "page" / "index.html").read_text()
+    assert "the true boxes" not in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_examples_are_drawn_from_every_task_and_stay_the_same(runs: list[Path]) -> None:
@@ -130,22 +137,75 @@ def test_examples_are_drawn_from_every_task_and_stay_the_same(runs: list[Path]) 
     assert len(pick(loaded, 1000)) == 10
 
 
-def test_bars_are_a_picture(runs: list[Path]) -> None:
-    with Image.open(io.BytesIO(score_bars([Run.load(path, path.name) for path in runs]))) as image:
-        assert image.format == "PNG"
-        assert image.width > 300
+def test_the_worst_are_wrong_and_the_right_ones_stay_out(runs: list[Path]) -> None:
+    base, tuned = (Run.load(path, path.name) for path in runs)
+    assert sorted(re.sub(r"\d", "", key) for key in worst([base], 4)) == ["r", "r", "s", "s"]
+    assert worst([tuned], 4) == []
 
 
-def test_comparison_of_score_files(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(path / "scores.json") for path in runs])
-    assert "| scene: accuracy | 5 | 0.00 | 100.00 | +100.00 |" in capsys.readouterr().out
-    first = Run.load(runs[0], "a")
-    other = copy.deepcopy(first.scores)
-    other["tasks"]["scene"]["overall"]["n"] = 4
-    with pytest.raises(ValueError, match=r"scene: the runs answered different questions \(5, 4\)"):
-        compare([first, Run("b", other, {}, {})])
-    with pytest.raises(ValueError, match="aid cannot be compared with nano"):
-        compare([first, Run("b", other | {"benchmark": "aid"}, {}, {})])
+@pytest.fixture
+def classes(tmp_path: Path) -> tuple[Run, Benchmark]:
+    """Ten fields and five harbours; one field is taken for a harbour, one answer is no class, one names two."""
+    table = {"name": "scenes", "metric": "exact_match", "strata": ["class"], "columns": {
+        "class": {"from": "question_id", "pattern": "^([^/]+)/"}}}  # fmt: skip
+    benchmark = Benchmark.parse(table, tmp_path, "here")
+    said = ["field"] * 7 + ["Harbour", "dunno", "field or harbour"] + ["harbour."] * 5
+    rows = []
+    for i, text in enumerate(said):
+        truth = "field" if i < 10 else "harbour"
+        row = {"question_id": f"{truth}/{i}", "image": f"{i // 5}.png", "ground_truth": truth, "text": text}
+        rows.append({**row, "prompt": "?"})
+    judged = judge(rows, benchmark)
+    write_rows(tmp_path / "run" / "answers.jsonl", rows)
+    write_scores(tmp_path / "run", summarise(judged, benchmark, total=len(rows)), judged)
+    return Run.load(tmp_path / "run", "mine"), benchmark
+
+
+def test_what_is_taken_for_what(classes) -> None:
+    labels, counts = confusion(*classes, "scenes")
+    assert labels == ["field", "harbour"]
+    assert counts.tolist() == [[7, 1, 2], [0, 5, 0]]
+
+
+def test_figures_of_groups(classes) -> None:
+    run, _ = classes
+    whole = measure(run, "scenes")
+    assert (whole.n, whole.value, whole.failed) == (15, 12 / 15, 1)
+    assert 0 <= whole.interval[0] < 12 / 15 < whole.interval[1] <= 1
+    [(task, column, groups)] = strata([run])
+    assert (task, column) == ("scenes", "class")
+    assert [(value, one.n, one.value) for value, [one] in groups] == [("field", 10, 0.7), ("harbour", 5, 1.0)]
+
+
+def test_published_figures_stand_beside(classes) -> None:
+    run, _ = classes
+    table = {"A, paper": {"overall": 84.4, "harbour": 50}, "B": {"macro": 12.345, "nothing": 1}}
+    assert beside([run], table) == [
+        ["in %", "overall", "harbour", "macro", "nothing"],
+        ["mine", "80.00", "100.00", "85.00", "–"],
+        ["A, paper (published)", "84.40", "50.00", "–", "–"],
+        ["B (published)", "–", "–", "12.35", "1.00"],
+    ]
+
+
+@pytest.mark.parametrize("name", known())
+def test_published_figures_that_ship_are_shares_or_errors(name: str) -> None:
+    heading, *rows = beside([], Benchmark.load(name).published)
+    assert all(len(row) == len(heading) and set(row[1:]) != {"–"} for row in rows)
+    assert all(0 <= float(cell) <= 100 for row in rows for cell in row[1:] if cell != "–")
+
+
+def test_plots_are_pictures(classes) -> None:
+    run, benchmark = classes
+    groups = next(groups for *_, groups in strata([run]))
+    for png in (
+        score_bars(["mine"], groups, "t"),
+        strata_bars(["mine"], groups, "t"),
+        confusion_matrix(*confusion(run, benchmark, "scenes"), "t"),
+    ):
+        with Image.open(io.BytesIO(png)) as image:
+            assert image.width > 300
+            assert np.asarray(image.convert("L")).std() > 5
 
 
 def test_refusals(runs: list[Path], tmp_path: Path, refused) -> None:
@@ -153,10 +213,10 @@ def test_refusals(runs: list[Path], tmp_path: Path, refused) -> None:
     write_json(scores, {"a": 1})
     wrong = read_json(runs[0] / "scores.json")
     wrong["tasks"]["scene"]["metric"] = "x"
-    write_json(tmp_path / "wrong.json", wrong)
+    write_json(tmp_path / "wrong" / "scores.json", wrong)
     for arguments, message in (
         ([str(scores)], "holds no scores"),
-        ([str(tmp_path / "wrong.json")], "unknown metric 'x'"),
+        ([str(tmp_path / "wrong")], "unknown metric 'x'"),
         ([str(tmp_path / "nothing")], "cannot be read"),
         ([str(runs[0]), "--names", "a", "b"], "2 names for 1 runs"),
         (
