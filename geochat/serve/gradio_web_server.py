@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -101,13 +102,14 @@ def user_and_password(text: str) -> tuple[str, str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Serve until Ctrl-C. Raises ValueError, OSError or ImportError with the reason when it cannot start."""
+    """Serve until Ctrl-C or SIGTERM. Raises ValueError, OSError or ImportError with the reason when it cannot start."""
     import gradio  # noqa: F401  # missing, it is told before a large model is read
 
     chat = load_chat(arguments)
     remote = isinstance(chat, RemoteChat)
     service: Any = Streams(chat, AT_AN_ENDPOINT) if remote else Service(chat)
     name = arguments.endpoint or arguments.model_path.resolve().name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted then, too
     with tempfile.TemporaryDirectory(prefix="geochat-demo-") as folder:
         blocks = launch(service, Path(folder), arguments.host, arguments.port, arguments.auth, name)
         print(f"geochat with {name}: {blocks.local_url} (Ctrl-C ends it)", flush=True)

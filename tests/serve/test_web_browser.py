@@ -17,9 +17,6 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("playwright", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("no chromium on this machine", allow_module_level=True)
 
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
@@ -29,6 +26,7 @@ from geochat.data.boxes import Box, iou_matrix, parse_boxes, parse_regions
 from geochat.data.draw import colour, draw_regions
 from geochat.data.synthetic import draw_scene
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 GROUNDING = "[grounding] Describe the image in detail."
 PATIENCE = 90_000
 """Milliseconds for one step on a busy machine."""
@@ -36,6 +34,8 @@ PATIENCE = 90_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)

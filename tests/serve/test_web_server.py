@@ -90,9 +90,10 @@ def test_a_program_has_a_conversation_about_a_picture(user: User, demo: Any) -> 
     assert user.answer(QUESTIONS[0]) == alone(demo, demo.scene, QUESTIONS[:1])[0]
 
 
-def conversations(demo: Any, folder: Path, users: int, turns: int) -> None:
-    """Users at the same time, each with a picture of their own: every answer is the one that is given alone."""
-    pictures = [folder / f"{number}.png" for number in range(users)]
+def test_users_at_the_same_time_get_their_own_answers(demo: Any, tmp_path: Path) -> None:
+    """benchmarks/demo_load.py does it with twenty."""
+    users, turns = 4, 2
+    pictures = [tmp_path / f"{number}.png" for number in range(users)]
     for number, picture in enumerate(pictures):
         draw_scene(1000 + number).image.save(picture)
     questions = [[QUESTIONS[(n + turn) % len(QUESTIONS)] for turn in range(turns)] for n in range(users)]
@@ -105,16 +106,6 @@ def conversations(demo: Any, folder: Path, users: int, turns: int) -> None:
     with ThreadPoolExecutor(users) as pool:
         told = list(pool.map(talk, range(users)))
     assert told == [alone(demo, pictures[n], questions[n]) for n in range(users)]
-
-
-def test_users_at_the_same_time_get_their_own_answers(demo: Any, tmp_path: Path) -> None:
-    conversations(demo, tmp_path, users=4, turns=2)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("GEOCHAT_ALL_TESTS") != "1", reason="long; GEOCHAT_ALL_TESTS=1 runs it")
-def test_twenty_users_at_the_same_time(demo: Any, tmp_path: Path) -> None:
-    conversations(demo, tmp_path, users=20, turns=5)
 
 
 def test_an_error_ends_one_question_and_not_the_server(user: User, demo: Any) -> None:
