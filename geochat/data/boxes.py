@@ -30,7 +30,6 @@ GRAMMAR = re.compile(r"\{<(-?\d+)><(-?\d+)><(-?\d+)><(-?\d+)>\|<(\d+)>\}")
 DELIMITER = "<delim>"
 _PHRASE = r"<p>(?P<phrase>.*?)(?:</p>|(?=<p>)|(?=\{\s*<)|$)"
 _ITEM = re.compile(rf"{_PHRASE}|(?P<box>{BOX_PATTERN.pattern})", re.DOTALL)
-_SPACE_BEFORE_STOP = re.compile(r"\s+([.,;:!?])")
 _BETWEEN_BOXES = re.compile(r"(?:\s|<delim>|,|;|\band\b)*")
 
 
@@ -138,7 +137,7 @@ def parse_regions(text: str) -> list[Region]:
     Boxes that follow no phrase, as in the answer to `[refer]`, form a region with an empty phrase.
     """
     regions: list[Region] = []
-    for match, number in _items(text):
+    for match, number in region_items(text):
         if number == len(regions):
             regions.append(Region(" ".join((match["phrase"] or "").split())))
         if match["box"] is not None:
@@ -146,8 +145,9 @@ def parse_regions(text: str) -> list[Region]:
     return regions
 
 
-def _items(text: str) -> Iterator[tuple[re.Match[str], int]]:
-    """Phrases and boxes in their order, each with the number of its region."""
+def region_items(text: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Phrases and boxes in their order, each with the number of its region in `parse_regions`. A phrase's text is in the
+    match's group "phrase", a box's in "box"."""
     number, end = -1, 0
     for match in _ITEM.finditer(text):
         joined = (
@@ -158,37 +158,10 @@ def _items(text: str) -> Iterator[tuple[re.Match[str], int]]:
         yield match, number
 
 
-def prose_pieces(text: str) -> list[tuple[str, int | None]]:
-    """The answer as prose, in pieces, each with the number of the region of `parse_regions` that it names, or None.
-
-    The boxes of a phrase are left out; a box that follows no phrase is written out.
-    """
-    cut: list[tuple[str, int | None]] = []
-    plain, end, phrase = "", 0, -1
-    for match, number in _items(text):
-        plain += text[end : match.start()]
-        end = match.end()
-        if match["box"] is None:
-            phrase = number
-        if match["box"] is None or number != phrase:
-            cut += [(plain, None), (match["phrase"] or match["box"] or "", number)]
-            plain = ""
-    pieces: list[tuple[str, int | None]] = []
-    for piece, region in [*cut, (plain + text[end:], None)]:
-        piece = _SPACE_BEFORE_STOP.sub(r"\1", re.sub(rf"(?:\s|</?p>|{DELIMITER})+", " ", piece))
-        if region is not None:
-            piece = piece.strip()
-        elif not pieces or pieces[-1][0].endswith(" "):
-            piece = piece.lstrip()
-        if piece:
-            pieces.append((piece, region))
-    return pieces
-
-
 def without_boxes(text: str) -> str:
     """The answer as prose: boxes and tags removed, spaces tidied."""
     prose = re.sub(rf"</?p>|{re.escape(DELIMITER)}", " ", BOX_PATTERN.sub(" ", text))
-    return _SPACE_BEFORE_STOP.sub(r"\1", " ".join(prose.split()))
+    return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(prose.split()))
 
 
 def box_faults(text: str) -> list[str]:

@@ -9,8 +9,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -20,7 +21,7 @@ from geochat.data.images import open_image
 from geochat.serve.view import Draft, geojson, on_screen, reduced, to_download
 
 KEPT_FOLDERS = 4
-"""A browser may still be fetching what the last few answers have left."""
+"""Of drawings and of answers: a browser may still be fetching the last few."""
 
 SECONDS_BETWEEN_LOOKS = 0.2
 """How often a waiting question asks for its place in the queue."""
@@ -51,14 +52,6 @@ class Exchange:
     """As far as it has arrived."""
 
 
-class Files(NamedTuple):
-    """What a browser may fetch."""
-
-    picture: Path | None = None
-    png: Path | None = None
-    geojson: Path | None = None
-
-
 class Session:
     """One user's conversation about one picture. Events of one user may run at the same time."""
 
@@ -73,7 +66,7 @@ class Session:
         self.draft = Draft()
         self._on_screen = (0, 0)
         self._ticket: Ticket | None = None
-        self._shelves = 0
+        self._numbers = {"picture": count(), "answer": count()}
         self._lock = threading.Lock()
 
     def show(self, file: Path) -> None:
@@ -158,37 +151,43 @@ class Session:
         """The user's box, once both corners are there."""
         return self.draft.box(*self.size)
 
-    def present(self) -> Files:
-        """Write what is to be seen: the picture with the boxes of the last answer and of the user; after an answer
-        also its boxes as GeoJSON and, if it has any, the picture with them in its original size."""
-        if self.small is None or self.picture is None:
-            return Files()
-        last = self.exchanges[-1] if self.exchanges else Exchange("")
-        drawn = on_screen(self.small, last.answer, self.draft)
+    def draw(self) -> Path | None:
+        """Write the picture with the boxes of the last answer and of the user; None without a picture."""
+        if self.small is None:
+            return None
+        drawn = on_screen(self.small, self.exchanges[-1].answer if self.exchanges else "", self.draft)
         self._on_screen = drawn.size
-        shelf = self._shelf()
-        picture, png, boxes = shelf / "picture.jpg", shelf / "boxes.png", shelf / "boxes.geojson"
-        drawn.save(picture, quality=92, subsampling=0)
-        if not self.exchanges:
-            return Files(picture)
+        file = self._folder("picture") / "picture.jpg"
+        drawn.save(file, quality=92, subsampling=0)
+        return file
+
+    def save_answer(self) -> tuple[Path | None, Path | None]:
+        """Write the last answer to download: the picture in its original size with the boxes, None without boxes, and
+        the boxes as GeoJSON."""
+        if self.picture is None or not self.exchanges:
+            return None, None
+        last, folder = self.exchanges[-1], self._folder("answer")
+        boxes = folder / "boxes.geojson"
         boxes.write_text(geojson(last.question, last.answer, *self.size), encoding="utf-8")
         if not parse_boxes(last.answer):
-            return Files(picture, None, boxes)
+            return None, boxes
+        png = folder / "boxes.png"
         to_download(open_image(self.picture), last.answer).save(png, compress_level=1)
-        return Files(picture, png, boxes)
+        return png, boxes
 
-    def _shelf(self) -> Path:
-        """A new folder for files to fetch; of the older ones only a few stay."""
-        self._shelves += 1
-        shutil.rmtree(self.folder / str(self._shelves - KEPT_FOLDERS), ignore_errors=True)
-        shelf = self.folder / str(self._shelves)
-        shelf.mkdir(parents=True)
-        return shelf
+    def _folder(self, kind: str) -> Path:
+        """A new folder for files to fetch; of the older ones of its kind only a few stay."""
+        number = next(self._numbers[kind])
+        shutil.rmtree(self.folder / f"{kind}-{number - KEPT_FOLDERS}", ignore_errors=True)
+        folder = self.folder / f"{kind}-{number}"
+        folder.mkdir(parents=True)
+        return folder
 
     def _request(self, question: str) -> Request:
-        questions = [*(exchange.question for exchange in self.exchanges), question]
+        said = [exchange for exchange in self.exchanges if exchange.answer]
+        questions = [*(exchange.question for exchange in said), question]
         request = Request.ask(questions[0], *([self.picture] if self.picture else []))
-        for exchange, following in zip(self.exchanges, questions[1:], strict=True):
+        for exchange, following in zip(said, questions[1:], strict=True):
             request = request.follow(exchange.answer, following)
         return request
 

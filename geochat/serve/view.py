@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from geochat.data.boxes import Box, parse_regions, prose_pieces, to_geojson
+from geochat.data.boxes import DELIMITER, Box, parse_regions, region_items, to_geojson
 from geochat.data.draw import draw_regions
 from geochat.data.phrases import DESCRIBE, SHORT, scene_prompt
 from geochat.data.synthetic import SCENES
@@ -70,6 +70,34 @@ def shortcut(task: str, typed: str, box: Box | None = None) -> str:
     if task == "Question":
         return f"{subject or 'How many ships are there in the image?'}\n{SHORT}"
     return {"Describe": _DESCRIPTION, "Classify": _CLASSIFY, "[grounding]": DESCRIBE}[task]
+
+
+def prose_pieces(answer: str) -> list[tuple[str, int | None]]:
+    """The answer as prose, in pieces, each with the number of the region of `parse_regions` that it names, or None.
+
+    The boxes of a phrase are left out; a box that follows no phrase is written out.
+    """
+    cut: list[tuple[str, int | None]] = []
+    plain, end, phrase = "", 0, -1
+    for match, number in region_items(answer):
+        plain += answer[end : match.start()]
+        end = match.end()
+        if match["box"] is None:
+            phrase = number
+        if match["box"] is None or number != phrase:
+            cut += [(plain, None), (match["phrase"] or match["box"] or "", number)]
+            plain = ""
+    pieces: list[tuple[str, int | None]] = []
+    for piece, region in [*cut, (plain + answer[end:], None)]:
+        piece = re.sub(rf"(?:\s|</?p>|{DELIMITER})+", " ", piece)
+        piece = re.sub(r"\s+([.,;:!?])", r"\1", piece)
+        if region is not None:
+            piece = piece.strip()
+        elif not pieces or pieces[-1][0].endswith(" "):
+            piece = piece.lstrip()
+        if piece:
+            pieces.append((piece, region))
+    return pieces
 
 
 def coloured(answer: str) -> list[tuple[str, str | None]]:

@@ -248,24 +248,20 @@ class Page:
         return {self.chat: messages, self.status: status}
 
     def _draft(self, session: Session) -> Changes:
-        box = session.box()
-        said = (
-            f"your box is {box.format()}"
-            if box
-            else "tap the opposite corner"
-            if session.draft.corners
-            else ""
-        )
-        return {self.picture: session.present().picture, self.status: said}
+        if box := session.box():
+            said = f"your box is {box.format()}"
+        else:
+            said = "tap the opposite corner" if session.draft.corners else ""
+        return {self.picture: session.draw(), self.status: said}
 
     def _shown(self, session: Session) -> Changes:
         """The picture and what can be downloaded; the answer's phrases in the colours of their boxes."""
-        files = session.present()
+        png, boxes = session.save_answer()
         return {
-            self.picture: files.picture,
+            self.picture: session.draw(),
             self.pieces: coloured(session.exchanges[-1].answer) if session.exchanges else [],
-            self.png: gr.DownloadButton(value=files.png, interactive=files.png is not None),
-            self.geojson: gr.DownloadButton(value=files.geojson, interactive=files.geojson is not None),
+            self.png: gr.DownloadButton(value=png, interactive=png is not None),
+            self.geojson: gr.DownloadButton(value=boxes, interactive=boxes is not None),
         }
 
 

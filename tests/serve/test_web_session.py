@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import threading
 import zlib
@@ -149,23 +150,29 @@ def test_who_waits_sees_the_place_in_the_queue(tmp_path: Path, parrot: Parrot) -
 def test_files_are_the_sessions_own_and_do_not_pile_up(
     session: Session, picture: Path, parrot: Parrot
 ) -> None:
+    assert session.draw() is None
+    assert session.save_answer() == (None, None)
     session.show(picture)
-    assert session.present().png is None
+    assert session.save_answer() == (None, None)
+    follow(session, Streams(parrot), "nothing")
+    png, boxes = session.save_answer()
+    assert png is None
+    assert json.loads(boxes.read_text())["features"] == []
     follow(session, Streams(parrot), BOXED)
-    files = session.present()
+    png, boxes = session.save_answer()
     answer = session.exchanges[-1].answer
-    with Image.open(picture) as original, Image.open(files.png) as drawn:
+    with Image.open(picture) as original, Image.open(png) as drawn:
         assert np.array_equal(drawn, draw_regions(original, parse_regions(answer), min_side=1))
-    for _ in range(3 * KEPT_FOLDERS):
-        files = session.present()
-    assert all(file.is_file() and session.folder in file.parents for file in files)
-    assert len([entry for entry in session.folder.iterdir() if entry.is_dir()]) == KEPT_FOLDERS
+    drawings = [session.draw() for _ in range(3 * KEPT_FOLDERS)]
+    assert [file.is_file() for file in drawings] == [False] * 2 * KEPT_FOLDERS + [True] * KEPT_FOLDERS
+    assert png.is_file()  # drawing a box on the picture leaves the answer's files alone
+    assert all(session.folder in file.parents for file in (png, boxes, drawings[0]))
 
 
 def test_taps_count_in_pixels_of_the_picture_on_the_screen(session: Session, picture: Path) -> None:
     session.tap(3, 3, 0)  # no picture: nothing to draw on
     session.show(picture)
-    with Image.open(session.present().picture) as shown:
+    with Image.open(session.draw()) as shown:
         width, height = shown.size
     assert width > 120  # enlarged
     session.tap(0.25 * width, 0.25 * height, 0)
@@ -226,7 +233,7 @@ def test_every_picture_is_shown_or_refused_in_one_line(session: Session, tmp_pat
     for name, file in pictures(tmp_path).items():
         try:
             session.show(file)
-            with Image.open(session.present().picture) as shown:
+            with Image.open(session.draw()) as shown:
                 assert len(shown.convert("L").getcolors(1 << 20)) > 20 or name == "tall.png"
         except ValueError as error:
             refused[name] = str(error)
