@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
-from gradio_client import Client, handle_file
 
 from geochat.chat.engine import Chat, Request
 from geochat.data.synthetic import draw_scene
@@ -56,6 +55,8 @@ def start(model: Path, port: int) -> subprocess.Popen[str]:
 
 def talk(url: str, picture: Path, questions: list[str], rounds: threading.Barrier) -> list[str]:
     """One user: every round ends when the last one has an answer."""
+    from gradio_client import Client, handle_file
+
     client = Client(url, verbose=False)
     client.predict(handle_file(str(picture)), api_name="/show")
     answers = []
