@@ -1,4 +1,5 @@
-# Sourced by the training recipes: checks their paths and starts geochat.train.train on every GPU of this machine.
+# Sourced by the training recipes: checks their paths and starts geochat.train.train on every GPU of this machine. With
+# --dry_run it starts one process, on any machine, that plans for GPUS × NODES.
 #
 # Environment:
 #   MODEL         LLM folder, LLaVA-1.5 folder, or model folder of geochat (llava-hf layout)        required
@@ -53,7 +54,7 @@ count_gpus() {
 }
 
 launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
-    local global="${GLOBAL_BATCH:-$1}" zero="${ZERO:-$2}" gpus nodes micro
+    local global="${GLOBAL_BATCH:-$1}" zero="${ZERO:-$2}" gpus nodes processes micro
     shift 2
     need MODEL d "folder of the model to start from"
     need DATA f "instruction file"
@@ -63,9 +64,14 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
     [ -z "${PROJECTOR:-}" ] || need PROJECTOR f "projector file"
     gpus="${GPUS:-$(count_gpus)}"
     nodes="${NODES:-1}"
+    processes="$((gpus * nodes))"
+    if [[ " $* " == *" --dry_run"* && " $* " != *" --dry_run"[\ =][Ff]alse* ]]; then
+        LAUNCHER=plan nodes=1
+        set -- --plan_gpus "$processes" "$@"
+    fi
     [ "$nodes" = 1 ] || [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$nodes: MASTER_ADDR is not set: address of the first machine"
     [ "$nodes" = 1 ] || [ -n "${NODE_RANK:-}" ] || fail "NODES=$nodes: NODE_RANK is not set: number of this machine, from 0"
-    micro="$(micro_batch "$global" "$((gpus * nodes))" "${MICRO_BATCH:-16}")" || exit 2
+    micro="$(micro_batch "$global" "$processes" "${MICRO_BATCH:-16}")" || exit 2
 
     local -a start flags
     case "${LAUNCHER:-torchrun}" in
@@ -85,6 +91,7 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
             export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1  # DeepSpeed would look for MPI without them
             export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-29500}"
             start=(python -m geochat.train.train) ;;
+        plan) start=(python -m geochat.train.train) ;;
         *) fail "LAUNCHER=$LAUNCHER: choose torchrun, deepspeed or python" ;;
     esac
     flags=(--model_name_or_path "$MODEL" --data_path "$DATA" --image_folder "$IMAGES" --output_dir "$OUTPUT"
@@ -92,5 +99,5 @@ launch() {  # GLOBAL_BATCH ZERO_CONFIG FLAGS…
     [ -z "${VISION_TOWER:-}" ] || flags+=(--vision_tower "$VISION_TOWER")
     [ -z "${PROJECTOR:-}" ] || flags+=(--pretrain_mm_mlp_adapter "$PROJECTOR")
     [ "$zero" = none ] || flags+=(--deepspeed "$zero")
-    "${start[@]}" "${flags[@]}" "$@"
+    exec "${start[@]}" "${flags[@]}" "$@"  # the script's signals are the launcher's
 }

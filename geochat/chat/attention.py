@@ -50,8 +50,9 @@ class OwnTokens:
         self._data = grown
 
     def move(self, source: int, target: int) -> None:
-        """Row `source` takes the place of row `target`."""
-        self._data[:, :, :, target] = self._data[:, :, :, source]
+        """Row `source` takes the place of row `target`. One for which there never was room has nothing to move."""
+        if source < self._data.shape[3]:
+            self._data[:, :, :, target] = self._data[:, :, :, source]
 
     def layer(self, index: int) -> torch.Tensor:
         """Keys and values [2, key-value head, row, token, width]."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,36 +18,12 @@ from geochat.chat.attention import OwnTokens, View, shared_prefix_attention
 from geochat.chat.pictures import Pictures
 from geochat.chat.prefixes import Prefix, Prefixes, longest, shared_tokens
 from geochat.chat.request import Prompt
-from geochat.chat.sampling import Sampler, choose
+from geochat.chat.rows import Row, passes
+from geochat.chat.sampling import choose
 
-PASS_TOKENS = 8192
-"""Tokens of prompts in one pass through the model, padding included."""
-
-
-@dataclass(eq=False)
-class Row:
-    """One question on its way."""
-
-    prompt: Prompt
-    budget: int
-    """New tokens that the answer may have."""
-    sampler: Sampler | None = None
-    index: int = 0
-    """The caller's own number."""
-    keep: bool = False
-    """Keep the whole conversation's keys and values for its next turn."""
-    ids: list[int] = field(default_factory=list)
-    """New tokens, without the stop token."""
-    finished: bool = False
-    """It came to a stop token."""
-    error: Exception | None = None
-    prefix: Prefix = field(init=False)
-    shared: int = 0
-    length: int = 0
-
-    @property
-    def ended(self) -> bool:
-        return self.finished or self.error is not None or len(self.ids) >= self.budget
+PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of prompts in one pass through the model, padding included. A CPU does not compute faster what is wider, and its
+caches hold less."""
 
 
 class Batch:
@@ -76,6 +51,7 @@ class Batch:
         self._pictures, self._prefixes = pictures, prefixes
         self._stops = frozenset(stops)
         self._silent = torch.tensor(list(silent), dtype=torch.long, device=model.device)
+        self._pass_tokens = PASS_TOKENS.get(model.device.type, PASS_TOKENS["cpu"])
         self._own = OwnTokens(model.config.text_config, model.dtype, model.device)
 
     @property
@@ -111,7 +87,7 @@ class Batch:
             ]  # none of them may go meanwhile
             sound = [row for row in rows if self._readable(row, held)]
             leaders, followers = self._sort(sound, held)
-            for part in _passes(leaders, [len(row.prompt.ids) for row in leaders]):
+            for part in passes(leaders, self._pass_tokens):
                 self._begin(part)
                 held += [row.prefix for row in part]
             for row in followers:
@@ -119,7 +95,7 @@ class Batch:
                 assert found, "a row follows a prefix that is held, or a leader's"
                 row.prefix, row.shared = found
                 self._prefixes.use(row.prefix)
-            for part in _passes(followers, [len(row.prompt.ids) - row.shared for row in followers]):
+            for part in passes(followers, self._pass_tokens):
                 self._follow(part)
             return [row for row in rows if row not in sound] + self._leave()
 
@@ -134,7 +110,7 @@ class Batch:
         """Take a row out."""
         with self._lock, torch.inference_mode():
             place, last = self.rows.index(row), len(self.rows) - 1
-            if row.keep and row.error is None:
+            if row.keep and row.length and row.error is None:
                 self._prefixes.keep(self._whole(row, place))
             if place != last:
                 self.rows[place] = self.rows[last]
@@ -259,17 +235,3 @@ class Batch:
         ]
         signature = np.concatenate([row.prompt.signature, np.array(row.ids, dtype=np.int64)])
         return Prefix(signature[: row.shared + row.length], layers)
-
-
-def _passes(rows: Sequence[Row], lengths: Sequence[int]) -> Iterator[list[Row]]:
-    """Neighbours together, as many as one pass may hold."""
-    part: list[Row] = []
-    width = 0
-    for row, length in zip(rows, lengths, strict=True):
-        if part and max(width, length) * (len(part) + 1) > PASS_TOKENS:
-            yield part
-            part, width = [], 0
-        part.append(row)
-        width = max(width, length)
-    if part:
-        yield part

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from geochat.chat.batch import Batch, Row
+from geochat.chat.batch import Batch
 from geochat.chat.pictures import Pictures
 from geochat.chat.prefixes import Prefixes
 from geochat.chat.request import Prompt, Request
+from geochat.chat.rows import Row
 from geochat.chat.runtime import default_dtype, free_bytes, pick_device, token_bytes
 from geochat.chat.sampling import Settings
 from geochat.chat.text import Answer, Pieces, decode
@@ -111,25 +112,29 @@ class Chat:
         included); default: what half of the free memory holds.
         Raises ValueError, naming the request by its index, for an unreadable image or a prompt beyond the context.
         """
-        settings = Settings(max_new_tokens, temperature, top_p, seed)
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
         answers: dict[int, Answer] = {}
-        for i, result in self._results(requests, settings, batch_size, token_budget):
+        for i, result in self.results(requests, batch_size=batch_size, token_budget=token_budget, **settings):
             if isinstance(result, ValueError):
                 raise ValueError(f"request {i}: {result}") from None
+            if isinstance(result, Exception):
+                raise result
             answers[i] = result
         return [answers[i] for i in range(len(requests))]
 
-    def answer_each(
-        self,
-        requests: Sequence[Request],
-        *,
-        batch_size: int | None = None,
-        token_budget: int | None = None,
-        **settings: Any,
-    ) -> list[Answer | ValueError]:
+    def answer_each(self, requests: Sequence[Request], **options: Any) -> list[Answer | ValueError]:
         """As `answer`, but a request that cannot be asked gives its error and does not stop the others."""
-        results = dict(self._results(requests, Settings(**settings), batch_size, token_budget))
-        return [results[i] for i in range(len(requests))]
+        answers: dict[int, Answer | ValueError] = {}
+        for i, result in self.results(requests, **options):
+            if not isinstance(result, Answer | ValueError):
+                raise result
+            answers[i] = result
+        return [answers[i] for i in range(len(requests))]
 
     def stream(
         self,
@@ -188,27 +193,25 @@ class Chat:
 
     # -- many requests --------------------------------------------------------------------------------------------
 
-    def _results(
+    def results(
         self,
         requests: Sequence[Request],
-        settings: Settings,
-        batch_size: int | None,
-        token_budget: int | None,
-    ) -> Iterator[tuple[int, Answer | ValueError]]:
-        """Answers and refusals with the index of their request, as they come."""
+        *,
+        batch_size: int | None = None,
+        token_budget: int | None = None,
+        **settings: Any,
+    ) -> Iterator[tuple[int, Answer | Exception]]:
+        """As `answer_each`, each with the index of its request, as they come. A request at which the model breaks gives
+        its error too."""
+        chosen = Settings(**settings)
         rows: list[Row] = []
         for i, request in enumerate(requests):
             try:
-                rows.append(self.row(request, settings, index=i))
+                rows.append(self.row(request, chosen, index=i))
             except ValueError as error:
                 yield i, error
         for row in self._ended(rows, batch_size or MOST_ROWS, token_budget or self.token_budget()):
-            if isinstance(row.error, ValueError):
-                yield row.index, row.error
-            elif row.error is not None:
-                raise row.error
-            else:
-                yield row.index, self.finish(row)
+            yield row.index, self.finish(row) if row.error is None else row.error
 
     def _ended(self, rows: list[Row], most: int, tokens: int) -> Iterator[Row]:
         """Rows as they end. Questions on one image stay together; new ones come in when a quarter of the places is free,

@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
+from json import JSONDecodeError
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,13 @@ class RemoteChat:
 
         Raises ConnectionError when the server is gone, or knows neither model nor key.
         """
-        return list(self._results(requests, Settings(**settings), batch_size))
+        return [result for _, result in self.results(requests, batch_size=batch_size, **settings)]
+
+    def results(
+        self, requests: Sequence[Request], *, batch_size: int = 16, **settings: Any
+    ) -> Iterator[tuple[int, Answer | ValueError]]:
+        """As `answer_each`, each with the index of its request, as they come."""
+        yield from enumerate(self._results(requests, Settings(**settings), batch_size))
 
     def stream(
         self,
@@ -210,7 +217,7 @@ class RemoteChat:
             ) from None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise ConnectionError(f"{self.endpoint}: {error}") from None
-        except openai.OpenAIError as error:
+        except (openai.OpenAIError, JSONDecodeError) as error:
             raise ValueError(f"{self.endpoint}: {error}") from None
 
 

@@ -11,9 +11,9 @@ import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator
 
-from geochat.chat.batch import Row
 from geochat.chat.engine import Chat
 from geochat.chat.request import Request
+from geochat.chat.rows import Row
 from geochat.chat.sampling import Settings
 from geochat.chat.text import Answer, Pieces
 

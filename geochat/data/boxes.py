@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from geochat.data.geometry import area, convex_hull, overlap, smallest_rectangle
+from geochat.data.geojson import feature_collection, polygon_feature
+from geochat.data.geometry import convex_hull, overlap, smallest_rectangle
 
 _NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*"
 BOX_PATTERN = re.compile(
@@ -217,17 +218,9 @@ def to_geojson(
     for number, region in enumerate(regions):
         for box in region.boxes:
             points = [(a * x + b * y + c, d * x + e * y + f) for x, y in box.polygon(width, height).tolist()]
-            if area(points) < 0:  # RFC 7946: the outer ring runs counter-clockwise in its own coordinates
-                points.reverse()
-            ring = [[float(x), float(y)] for x, y in [*points, points[0]]]
-            features.append(
-                {
-                    "type": "Feature",
-                    "geometry": {"type": "Polygon", "coordinates": [ring]},
-                    "properties": {"phrase": region.phrase, "region": number, "box": box.format()},
-                }
-            )
-    return {"type": "FeatureCollection", "features": features}
+            properties = {"phrase": region.phrase, "region": number, "box": box.format()}
+            features.append(polygon_feature(points, properties))
+    return feature_collection(features)
 
 
 def _box(groups: Sequence[str | None]) -> Box:

@@ -27,33 +27,33 @@ EACH_TURN = """\
 {%- endif -%}
 """
 
-VICUNA_V1 = (
-    """\
-{{- bos_token -}}
-{%- if messages[0]['role'] != 'system' -%}
-{{- \""""
-    + VICUNA_SYSTEM
-    + """ " -}}
-{%- endif -%}
+
+def _vicuna(system: str) -> str:
+    return f"""\
+{{{{- bos_token -}}}}
+{{%- if messages[0]['role'] != 'system' -%}}
+{{{{- "{system} " -}}}}
+{{%- endif -%}}
+{EACH_TURN}{{%- if message['role'] == 'user' -%}}
+{{{{- 'USER: ' + text + ' ' -}}}}
+{{%- elif message['role'] == 'assistant' -%}}
+{{{{- 'ASSISTANT:' -}}}}
+{{%- generation -%}}
+{{{{- ' ' + text + '</s>' -}}}}
+{{%- endgeneration -%}}
+{{%- else -%}}
+{{{{- text + ' ' -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+{{{{- 'ASSISTANT:' -}}}}
+{{%- endif -%}}
 """
-    + EACH_TURN
-    + """\
-{%- if message['role'] == 'user' -%}
-{{- 'USER: ' + text + ' ' -}}
-{%- elif message['role'] == 'assistant' -%}
-{{- 'ASSISTANT:' -}}
-{%- generation -%}
-{{- ' ' + text + '</s>' -}}
-{%- endgeneration -%}
-{%- else -%}
-{{- text + ' ' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- 'ASSISTANT:' -}}
-{%- endif -%}
-"""
-)
+
+
+VICUNA_V1 = _vicuna(VICUNA_SYSTEM)
+# What GeoChat's evaluation scripts and demo prompt with, though its training used vicuna_v1.
+LLAVA_V1 = _vicuna(VICUNA_SYSTEM.replace("user", "human"))
 
 # LLaVA's stage 1: the question is dropped, the caption follows the image directly.
 PLAIN = (

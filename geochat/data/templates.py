@@ -201,6 +201,7 @@ TEMPLATES: dict[str, Template] = {
     template.name: template
     for template in (
         Template("vicuna_v1", texts.VICUNA_V1, ("</s>",), verbatim=True),
+        Template("llava_v1", texts.LLAVA_V1, ("</s>",), verbatim=True),
         Template("plain", texts.PLAIN, ("</s>",)),
         Template("internlm2_chat", texts.INTERNLM2_CHAT, ("<|im_end|>",), verbatim=True),
         Template("llama_3", texts.LLAMA_3, ("<|eot_id|>",), verbatim=True),

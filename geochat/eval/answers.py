@@ -11,15 +11,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from geochat.chat.engine import MOST_ROWS, Chat
+from geochat.chat.engine import Chat
 from geochat.chat.remote import RemoteChat
 from geochat.chat.request import Request
 from geochat.chat.text import Answer
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.files import Row
 
-CHUNK = 4
-"""Batches that are asked at once: enough that places do not stay empty, few enough that a kill loses little."""
+CHUNK = 2048
+"""Questions that are handed over at once: their prompts are in memory."""
 
 
 @dataclass(frozen=True)
@@ -82,41 +82,31 @@ def look(items: Sequence[Item]) -> list[Item]:
 
 def ask(
     chat: Chat | RemoteChat, items: Sequence[Item], *, batch_size: int | None, max_new_tokens: int
-) -> Iterator[list[Row]]:
-    """Answered rows, some batches at a time, picture by picture: what questions have in common is computed once.
+) -> Iterator[Row]:
+    """Answered rows as they come, picture by picture: what questions have in common is computed once.
 
-    `batch_size`: questions answered at a time; None leaves it to the model. A question that cannot be asked has text
-    None and says why in `error`. Raises ConnectionError when a server is gone.
+    `batch_size`: questions answered at a time; None leaves it to the model. A question that cannot be asked, or at which
+    the model breaks, has text None and says why in `error`. Raises ConnectionError when a server is gone.
     """
     options = {"max_new_tokens": max_new_tokens} | ({"batch_size": batch_size} if batch_size else {})
-    for chunk in _chunks(items, CHUNK * (batch_size or MOST_ROWS)):
-        results = _answers(chat, chunk, **options)
-        yield [
-            {**item.row, "text": result.text, "finished": result.finished}
-            if isinstance(result, Answer)
-            else {**item.row, "text": None, "finished": False, "error": str(result)}
-            for item, result in zip(chunk, results, strict=True)
-        ]
+    for chunk in _chunks(items):
+        for index, result in chat.results([item.request for item in chunk], **options):
+            if isinstance(result, Answer):
+                yield {**chunk[index].row, "text": result.text, "finished": result.finished}
+            else:
+                yield {**chunk[index].row, "text": None, "finished": False, "error": str(result)}
 
 
-def _chunks(items: Sequence[Item], least: int) -> Iterator[list[Item]]:
-    """Whole pictures, as many as hold `least` questions."""
+def _chunks(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Whole pictures, as many as hold CHUNK questions."""
     chunk: list[Item] = []
     for _, questions in groupby(sorted(items, key=lambda item: item.group), key=lambda item: item.group):
         chunk += questions
-        if len(chunk) >= least:
+        if len(chunk) >= CHUNK:
             yield chunk
             chunk = []
     if chunk:
         yield chunk
-
-
-def _answers(chat: Chat | RemoteChat, chunk: Sequence[Item], **options: int) -> list[Answer | Exception]:
-    """One result per question. What breaks the model at one question does not take the others with it."""
-    try:
-        return list(chat.answer_each([item.request for item in chunk], **options))
-    except RuntimeError as error:
-        return [error] if len(chunk) == 1 else [_answers(chat, [item], **options)[0] for item in chunk]
 
 
 def _seen(image: Path) -> Row:

@@ -46,7 +46,7 @@ def _choose(table: dict[str, Any], variant: str, where: str) -> dict[str, Any]:
     if not isinstance(variants, dict) or not all(isinstance(keys, dict) for keys in variants.values()):
         raise ValueError(f"{where}: variants must be tables, [variants.NAME]")
     if variant not in variants and (variant or variants):
-        listed = ", ".join(f"{table.get('name')}/{known_one}" for known_one in variants) or "none"
+        listed = ", ".join(f"{table.get('name')}/{one}" for one in variants) or "none"
         raise ValueError(f"{where}: there is no variant {variant!r}; its variants: {listed}")
     if variant:
         table |= {**variants[variant], "name": f"{table.get('name')}/{variant}"}

@@ -83,7 +83,8 @@ class Pair:
 
 
 def pair(first: Run, second: Run) -> list[Pair]:
-    """Every task of both. ValueError when the runs are of different benchmarks, or share no question."""
+    """Every task of both. ValueError when the runs are of different benchmarks, were scored in different ways, or share
+    no question."""
     names = [run.scores["benchmark"] for run in (first, second)]
     if names[0] != names[1]:
         raise ValueError(f"{names[1]} cannot be compared with {names[0]}")
@@ -91,6 +92,9 @@ def pair(first: Run, second: Run) -> list[Pair]:
     for task, scores in first.scores["tasks"].items():
         common = [key for key in first.of_task(task) if second.verdicts.get(key, {}).get("task") == task]
         if common:
+            ways = [(run.scores["tasks"][task]["metric"], run.scores.get("iou")) for run in (first, second)]
+            if ways[0] != ways[1]:
+                raise ValueError(f"{task} was scored in different ways: {ways[0]} and {ways[1]}")
             found.append(_pair(first, second, task, scores["headline"], common))
     if not found:
         raise ValueError(f"{first.name} and {second.name} have no question in common")
@@ -101,14 +105,14 @@ def _pair(first: Run, second: Run, task: str, figure: str, keys: list[str]) -> P
     parts = [run.sums(task, keys) for run in (first, second)]
     gain, p = paired(parts[0], parts[1], [first.picture(key) for key in keys])
     graded = [grades(one, figure) for one in parts]
-    better = [key for key, a, b in zip(keys, *graded, strict=True) if b > a]
-    worse = [key for key, a, b in zip(keys, *graded, strict=True) if b < a]
+    better = [key for key, was, now in zip(keys, *graded, strict=True) if now > was]
+    worse = [key for key, was, now in zip(keys, *graded, strict=True) if now < was]
     test = "bootstrap"
     if figure == "accuracy":
         p, test = mcnemar(len(worse), len(better)), "McNemar"
-    values = [METRICS[run.verdicts[keys[0]]["metric"]].summarise([run.verdicts[key] for key in keys])[figure]
-              for run in (first, second)]  # fmt: skip
-    return Pair(task, figure, len(keys), (values[0], values[1]), gain, p, test, better, worse)
+    summarise = METRICS[first.scores["tasks"][task]["metric"]].summarise
+    a, b = (summarise([run.verdicts[key] for key in keys])[figure] for run in (first, second))
+    return Pair(task, figure, len(keys), (a, b), gain, p, test, better, worse)
 
 
 def only_in(run: Run, other: Run) -> list[str]:

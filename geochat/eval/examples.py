@@ -26,7 +26,8 @@ PANEL = 384  # shorter side of a drawn picture, in pixels
 
 @dataclass(frozen=True)
 class Example:
-    """A question as it is shown: the true picture, and one picture, caption and verdict per run."""
+    """A question as it is shown: the picture with the boxes asked about and the true ones, and one picture, caption and
+    verdict per run."""
 
     question: str
     task: str
@@ -78,8 +79,9 @@ def example(key: str, runs: Sequence[Run], benchmark: Benchmark, image_folder: P
     true_boxes = _true_boxes(truth, runs[0].verdicts[key]["metric"], image.size) if boxes else []
     caption = f"truth: {plural(len(true_boxes))}" if boxes else f"truth: {truth}"
     answers = [_answer(run, key, image, true_boxes if boxes else None) for run in runs]
-    true_picture = draw_regions(image, [], truth=true_boxes, min_side=PANEL)
-    return Example(row["prompt"], runs[0].verdicts[key]["task"], boxes, (true_picture, caption), answers)
+    asked = str(row.get("prompt", key))
+    true_picture = draw_regions(image, parse_regions(asked), truth=true_boxes, min_side=PANEL)
+    return Example(asked, runs[0].verdicts[key]["task"], boxes, (true_picture, caption), answers)
 
 
 def _true_boxes(truth: Any, metric: str, size: tuple[int, int]) -> list[Box]:

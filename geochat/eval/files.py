@@ -1,4 +1,4 @@
-"""Reading rows and writing results: line-numbered errors, no half-written file."""
+"""Writing results, and rows by their ids: no half-written file."""
 
 from __future__ import annotations
 
@@ -6,42 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from geochat.data.rows import Row, read_rows, write_rows
 from geochat.data.staged import staged
 
-Row = dict[str, Any]
-
-
-def read_rows(path: str | Path, torn_end: bool = False) -> list[Row]:
-    """Rows of a JSON Lines file, or of a JSON array. ValueError names the file and the line.
-
-    `torn_end`: drop what follows the last newline, which a kill may have cut off.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace" if torn_end else "strict")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    if torn_end:
-        text = text[: text.rfind("\n") + 1]
-    if text.lstrip().startswith("["):
-        try:
-            numbered = list(enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    else:
-        numbered = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a row must be an object, not {type(row).__name__}")
-    return [row for _, row in numbered]
+__all__ = [
+    "Row",
+    "index_by_id",
+    "read_json",
+    "read_rows",
+    "with_ids",
+    "write_bytes",
+    "write_json",
+    "write_rows",
+    "write_text",
+]
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -52,10 +30,6 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))  # a lone surrogate stays valid JSON
-
-
-def write_rows(path: str | Path, rows: list[Row]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from geochat.eval.files import Row
+from geochat.eval.verdicts import wilson
 
 DRAWS = 2000
 SEED = 20240229
@@ -46,8 +47,15 @@ def grades(parts: np.ndarray, figure: str) -> np.ndarray:
 
 
 def interval(parts: np.ndarray, pictures: Sequence[str]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the figure. None where there is nothing to divide by."""
-    return _ends(figure_of(_draws(parts, pictures)))
+    """95 % bootstrap interval of the figure. None where there is nothing to divide by.
+
+    Where all questions are right, or all wrong, every draw is alike: then Wilson's interval, with pictures as trials.
+    """
+    ends = _ends(figure_of(_draws(parts, pictures)))
+    if ends in ((0.0, 0.0), (1.0, 1.0)):
+        trials = len(set(pictures))
+        return wilson(round(ends[0]) * trials, trials)
+    return ends
 
 
 def paired(

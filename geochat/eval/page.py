@@ -25,6 +25,7 @@ article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem; mar
 figure { margin: 0; flex: 1 1 240px; max-width: 400px; }
 figure img { width: 100%; height: auto; border-radius: 4px; }
 .plot { display: block; max-width: min(100%, 860px); margin: 1rem 0; border-radius: 4px; background: #fff; }
+.panels .plot { max-width: 48%; height: auto; align-self: start; }
 figcaption { font-size: 13px; overflow-wrap: anywhere; white-space: pre-wrap; }
 .question { font-weight: 600; overflow-wrap: anywhere; white-space: pre-wrap; }
 .right { color: var(--good); } .wrong { color: var(--bad); } .note { opacity: .75; }
@@ -91,5 +92,9 @@ def figure(image: Image.Image, caption: str, verdict: bool | None = None) -> str
     )
 
 
+def side_by_side(parts: Sequence[str]) -> str:
+    return f'<div class="panels">{"".join(parts)}</div>'
+
+
 def article(question: str, figures: Sequence[str]) -> str:
-    return f'<article><div class="question">{escape(question)}</div><div class="panels">{"".join(figures)}</div></article>'
+    return f'<article><div class="question">{escape(question)}</div>{side_by_side(figures)}</article>'

@@ -7,8 +7,10 @@ another number of shards. The shard that finds every question answered writes an
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from geochat.eval.files import Row, read_rows, write_rows
 from geochat.eval.shards import Shard
 
 ANSWERS = "answers.jsonl"
+SYNC_SECONDS = 1.0
+"""What a machine that fails may take with it; a killed process loses nothing that it has written."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,18 @@ class Progress:
             write_rows(self.file, _sound(_read_part(self.file)))  # without failures and a torn last line
             done = self._answered()
             return [item for item in share if not self._holds(done, item) or done[item.key]["text"] is None]
+
+    def keep(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Append each row to the file before it is passed on."""
+        with self.file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            synced = time.monotonic()
+            for row in rows:
+                file.write(json.dumps({**row, **self.identity}, ensure_ascii=False) + "\n")
+                file.flush()
+                if time.monotonic() > synced + SYNC_SECONDS:
+                    os.fsync(file.fileno())
+                    synced = time.monotonic()
+                yield row
 
     def join(self, items: Sequence[Item], keep_others: bool) -> list[Row] | None:
         """All answers in the order of the questions, written to answers.jsonl once no shard has any left to ask.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from geochat.data.boxes import Box, parse_boxes
 from geochat.eval.boxes import truth_polygons
 from geochat.eval.verdicts import Metric, Question, Summary, Verdict, counted, mean, share
@@ -17,11 +19,12 @@ VRSBENCH_THRESHOLDS = (0.5, 0.7)
 
 
 def _earthdial_boxes(text: str) -> list[Box]:
-    """Boxes of either notation in whole percent; those with a negative number are not seen."""
+    """Boxes of either notation in whole percent; those with a negative number are not seen. A list of another length
+    is one that nothing meets."""
     boxes = parse_boxes(text)
     if not boxes:
         rows = [[float(n) for n in row.split(",")] for row in _LISTED.findall(text)]
-        boxes = [Box(*row) for row in rows if len(row) == 5]
+        boxes = [Box(*row) if len(row) == 5 else Box(0, 0, 0, 0) for row in rows]
     return [box for box in boxes if min(box.x1, box.y1, box.x2, box.y2, box.angle) >= 0]
 
 
@@ -34,10 +37,7 @@ def judge_earthdial(answer: str, question: Question) -> Verdict:
     """A predicted box is right when its IoU with any true box is at least 0.5; several may share one."""
     truth = question.truth
     if not isinstance(truth, str):
-        if question.size is None:
-            raise ValueError("the image's width and height are needed to write the true boxes in percent")
-        polygons = truth_polygons(truth, question.size)
-        truth = "".join(Box.from_polygon(polygon, *question.size).format() for polygon in polygons)
+        truth = "".join(Box.from_polygon(polygon, 100, 100).format() for polygon in _in_percent(question))
     given = [_turned_back(box) for box in _earthdial_boxes(truth)]
     predicted = [_turned_back(box) for box in _earthdial_boxes(answer)]
     hit = sum(any(box.iou(true, 100, 100) >= 0.5 for true in given) for box in predicted)
@@ -59,6 +59,14 @@ def summarise_earthdial(verdicts: Sequence[Verdict]) -> Summary:
     }
 
 
+def _in_percent(question: Question) -> list[np.ndarray]:
+    """The true polygons in percent of the image, which has no shape then: both programs took it for square."""
+    if question.size is None:
+        raise ValueError("the image's width and height are needed to write the true boxes in percent")
+    width, height = question.size
+    return [polygon * (100 / width, 100 / height) for polygon in truth_polygons(question.truth)]
+
+
 def _vrsbench_box(text: str) -> list[int]:
     """The first four runs of digits: a minus sign is not seen, an angle is not read."""
     return [int(digits) for digits in re.findall(r"\d+", text)[:4]]
@@ -68,9 +76,9 @@ def judge_vrsbench(answer: str, question: Question) -> Verdict:
     """The first box against the first true one, upright, on the grid of whole percent, each side counted one longer."""
     truth = question.truth
     if not isinstance(truth, str):
-        if question.size is None:
-            raise ValueError("the image's width and height are needed to write the true boxes in percent")
-        polygon = truth_polygons(truth, question.size)[0] * (100 / question.size[0], 100 / question.size[1])
+        if not (polygons := _in_percent(question)):
+            raise ValueError("VRSBench's rule needs a true box for every question")
+        polygon = polygons[0]
         truth = str([round(float(value)) for value in (*polygon.min(axis=0), *polygon.max(axis=0))])
     true, box = _vrsbench_box(truth), _vrsbench_box(answer)
     parsed = len(box) == 4 == len(true)

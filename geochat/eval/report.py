@@ -87,7 +87,7 @@ def _confusions(runs: Sequence[Run], benchmark: Benchmark) -> list[str]:
         for task in run.scores["tasks"]:
             if found := confusion(run, benchmark, task):
                 plots.append(page.plot(confusion_matrix(*found, f"{run.name}: {task}"), f"confusion: {task}"))
-    return [page.heading("What is taken for what"), *plots] if plots else []
+    return [page.heading("What is taken for what"), page.side_by_side(plots)] if plots else []
 
 
 def _articles(title: str, remark: str, examples: Sequence[Example]) -> list[str]:

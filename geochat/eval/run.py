@@ -13,7 +13,6 @@ and samples.jsonl follow from it alone (`python -m geochat.eval.score`).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +43,14 @@ def evaluate(
     questions: Sequence[Row],
     image_folder: Path,
     batch_size: int | None = None,
+    limit: int | None = None,
 ) -> Scores:
-    """Scores without files: validation during training."""
-    items = look(collect(benchmark, questions, image_folder))
-    parts = ask(chat, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
-    rows = {str(row["question_id"]): row for part in parts for row in part}
-    return summarise(judge([rows[item.key] for item in items], benchmark), benchmark, total=len(questions))
+    """Scores without files: validation during training. `limit`: ask only the first questions."""
+    items = look(collect(benchmark, questions, image_folder, limit))
+    answered = ask(chat, items, batch_size=batch_size, max_new_tokens=benchmark.max_new_tokens)
+    rows = {str(row["question_id"]): row for row in answered}
+    total = len(questions) if limit is None else len(items)
+    return summarise(judge([rows[item.key] for item in items], benchmark), benchmark, total=total)
 
 
 def run(arguments: argparse.Namespace) -> Scores | None:
@@ -72,23 +73,17 @@ def run(arguments: argparse.Namespace) -> Scores | None:
     identity = {"model": model or chat.model, "decoding": _decoding(chat, budget, arguments)}
     progress = Progress(arguments.output, shard, identity)
     left = progress.begin(share, arguments.overwrite)
-    with (
-        progress.file.open("a", encoding="utf-8", errors="backslashreplace") as file,
-        tqdm(total=len(share), initial=len(share) - len(left), desc=benchmark.name, disable=None) as bar,
-    ):
-        for rows in ask(chat, left, batch_size=arguments.batch_size, max_new_tokens=budget):
-            lines = [json.dumps({**row, **identity}, ensure_ascii=False) + "\n" for row in rows]
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(rows))
+    answered = progress.keep(ask(chat, left, batch_size=arguments.batch_size, max_new_tokens=budget))
+    done = len(share) - len(left)
+    for _ in tqdm(answered, total=len(share), initial=done, desc=benchmark.name, disable=None):
+        pass
     answers = progress.join(items, keep_others=arguments.limit is not None)
     if answers is None:
         return None
     judged = judge(answers, benchmark, arguments.iou)
     total = len(answers) if arguments.limit else len(questions)
-    scores = summarise(judged, benchmark, total=total, iou=arguments.iou)
-    scores |= {"model_path": str(arguments.model_path or arguments.endpoint), **identity}
+    scores = summarise(judged, benchmark, total=total, iou=arguments.iou) | identity
+    scores["model_path"] = str(arguments.model_path or arguments.endpoint)
     scores |= {"source": arguments.benchmark, "image_folder": str(image_folder)}
     scores["notes"] = notes(answers, benchmark)
     scores["not_asked"] = sum(row["text"] is None for row in answers)

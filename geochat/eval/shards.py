@@ -28,7 +28,9 @@ class Shard:
 
     def split(self, environment: Mapping[str, str] = os.environ) -> Shard:
         """The part of this process where torchrun started several: their shares together are this one."""
-        rank, processes = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+        if "RANK" not in environment or "WORLD_SIZE" not in environment:
+            return self
+        rank, processes = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         return Shard(self.index * processes + rank, self.count * processes)
 
     def share(self, items: Sequence[Item]) -> list[Item]:

@@ -22,8 +22,10 @@ from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
 from geochat.model.canonical import CANONICAL, canonical_key, rename
 from geochat.model.checkpoint import load
+from geochat.model.dora import use_held_norms
 from geochat.model.export_adapter import write_folder
 from geochat.model.formats.adapters import EXTRA, WEIGHTS
+from geochat.model.lora import use_fewer_passes
 from geochat.model.open import recognise
 from geochat.model.processor import Processor
 from geochat.model.vision import blocks_read, find_tower, freeze_tower
@@ -95,6 +97,8 @@ def _wrap(model: Any, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():  # PEFT asks transformers under an old name; nothing a user can mend
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    use_fewer_passes(adapted)
+    use_held_norms(adapted)
     if not any(".lora_" in name for name, _ in find_tower(adapted).named_parameters()):
         freeze_tower(adapted)
     return adapted

@@ -31,6 +31,7 @@ PAD_COLOUR = (122, 116, 104)
 
 PAD_TOKEN = "<pad>"
 MAX_TEXT_TOKENS = 2048
+_STRIP = 1 << 24  # pixels of a tall picture that are padded at a time
 ImageMode = Literal["pad", "crop"]
 
 
@@ -188,20 +189,35 @@ def _normalised_levels() -> tuple[np.ndarray, ...]:
 def _padded(image: Image.Image, side: int) -> Image.Image:
     """Centred on a square of the CLIP mean (an odd remainder goes to the right or bottom), then resized."""
     width, height = image.size
+    if width == height:
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+    # Pillow resizes the columns first, row by row; doing so before the padding (of rows), or strip by strip (with
+    # padded columns), spares the whole square, which could be 30 000 pixels wide. Same pixels.
     longest = max(width, height)
+    square = Image.new("RGB", (side, longest), PAD_COLOUR)
     if width > height:
-        # Pillow resizes the columns first; doing so before the padding spares the rows of padding. Same pixels.
         image = image.resize((side, height), Image.Resampling.BICUBIC)
-    if width != height:
-        square = Image.new("RGB", (side if width > height else longest, longest), PAD_COLOUR)
-        square.paste(image, ((square.width - image.width) // 2, (longest - height) // 2))
-        image = square
-    return image.resize((side, side), Image.Resampling.BICUBIC)
+        square.paste(image, (0, (longest - height) // 2))
+    else:
+        rows = max(1, _STRIP // longest)
+        for top in range(0, height, rows):
+            strip = Image.new("RGB", (longest, min(rows, height - top)), PAD_COLOUR)
+            strip.paste(image.crop((0, top, width, top + strip.height)), ((longest - width) // 2, 0))
+            square.paste(strip.resize((side, strip.height), Image.Resampling.BICUBIC), (0, top))
+    return square.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _cropped(image: Image.Image, side: int) -> Image.Image:
     """Shorter edge resized to `side`, centre cut out."""
     shortest = min(image.size)
+    if (
+        max(image.size) > 64 * shortest
+    ):  # the ends of a ribbon, resized, could fill the memory and would be cut off
+        reach = 32 * shortest
+        x, y = image.width // 2, image.height // 2
+        image = image.crop(
+            (max(0, x - reach), max(0, y - reach), min(image.width, x + reach), min(image.height, y + reach))
+        )
     width, height = (side if edge == shortest else int(side * edge / shortest) for edge in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2

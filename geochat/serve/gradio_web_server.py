@@ -25,8 +25,8 @@ from geochat.chat.service import Service
 from geochat.data.synthetic import draw_scene
 from geochat.data.synthetic_tasks import TEST_SEEDS
 from geochat.errors import stop
-from geochat.serve.session import Asked, Sessions
 from geochat.serve.streams import Streams
+from geochat.serve.web_session import Asked, Sessions
 
 NANO = Path(__file__).resolve().parents[2] / "playground" / "nano"
 """The model of a clone of the repository, for a machine without weights."""

@@ -1,4 +1,4 @@
-"""Where the command line's pictures come from: a file, an address on the web, a folder."""
+"""Where the command line's pictures come from: a file, an address on the web, folders and lists."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from geochat.data.images import open_image
+from geochat.data.images import FORMATS, open_image
+from geochat.data.staged import staged
 
 MAX_BYTES = 64 * 2**20
 """An address may give this much and no more."""
@@ -37,7 +39,7 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> io.
     content = io.BytesIO()
     content.name = url  # what open_image calls it in its errors
     try:
-        with urllib.request.urlopen(request, timeout=seconds) as response:
+        with _web().open(request, timeout=seconds) as response:
             while piece := response.read1(2**16):
                 content.write(piece)
                 if content.tell() > max_bytes:
@@ -56,9 +58,58 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> io.
     return content
 
 
+def _web() -> urllib.request.OpenerDirector:
+    """What follows http and https only: no redirect leads to a file or to another scheme."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
+
+
+def gather(sources: Sequence[Path]) -> list[Path]:
+    """Pictures of folders (by name), of lists (.txt, a path on each line, from the list's folder on) and single files.
+
+    Files need not exist. Raises ValueError for a folder or a list without pictures, and for two of one name.
+    """
+    found: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            found += pictures_in(source)
+        elif source.suffix == ".txt":
+            found += _listed(source)
+        else:
+            found.append(source)
+    first: dict[str, Path] = {}
+    for file in found:
+        if first.setdefault(file.name, file) != file:
+            raise ValueError(
+                f"{file}: {first[file.name]} has the same name; ask about them one after another"
+            )
+    return list(first.values())
+
+
+def _listed(source: Path) -> list[Path]:
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: not a readable list of pictures ({error})") from None
+    found = [source.parent / line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{source}: no pictures in this list")
+    return found
+
+
 def pictures_in(folder: Path) -> list[Path]:
     """Files of a folder whose names end like a picture's, by name. ValueError when there is none."""
-    known = set(Image.registered_extensions())
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and not p.name.startswith("."))
     if not found:
         raise ValueError(f"{folder}: no pictures in this folder")
@@ -74,12 +125,9 @@ def check_writable(path: Path) -> None:
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write under another name first, so that no half picture is left."""
-    unfinished = path.with_name(f".{path.name}.part")
+    """Raises ValueError when it cannot be written."""
     try:
-        image.save(unfinished, format=Image.registered_extensions()[path.suffix.lower()])
-        unfinished.replace(path)
+        with staged(path) as temporary:
+            image.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 
 from geochat.data.draw import colour
-from geochat.serve.session import Asked, Session, Sessions
-from geochat.serve.view import COLOURS, TASKS, Draft, coloured, readable, shortcut
+from geochat.serve.web_session import Asked, Session, Sessions
+from geochat.serve.web_view import COLOURS, TASKS, Draft, coloured, readable, shortcut
 
 log = logging.getLogger(__name__)
 

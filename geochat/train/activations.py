@@ -94,8 +94,8 @@ def decoder_layer(shape: ModelShape, trained: Trained, setting: Setting) -> int:
         else:  # q, k and v share theirs, gate and up too; o shares the output of attention
             kept += c * (2 * h + f)
         kept += c * trained.lora_rank * len(shape.linears)
-        if trained.dora:  # the results of weight and adapter, which the magnitudes multiply
-            kept += 2 * c * sum(o for _, o in shape.linears)
+        if trained.dora:  # the sum of weight's and adapter's results, which the magnitudes multiply
+            kept += c * sum(o for _, o in shape.linears)
     elif trained.language_model:
         # Inputs of the linear layers, rounded apart for each under autocast; o shares the output of attention.
         kept += c * (5 * h + f) if _mixed(setting) else c * (2 * h + f)

@@ -9,6 +9,7 @@ import ast
 import inspect
 import os
 import warnings
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from geochat.model.weights import read_json
@@ -159,7 +161,11 @@ class TrainingArguments(transformers.TrainingArguments):
     """Fill rows with several samples instead of padding each to the longest; none sees another."""
     bf16: bool = True
     """Where the hardware has it; float32 otherwise."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: str = field(  # type: ignore[assignment]
+        default="True", metadata={"nargs": "?", "const": "True"}
+    )
+    """Compute activations a second time for the backward pass instead of keeping them: `True`, `False`, or `auto`: where
+    the memory that is free when training begins would not hold them."""
     logging_steps: float = 10
     save_steps: float = 500
     save_total_limit: int | None = 2
@@ -186,6 +192,11 @@ class TrainingArguments(transformers.TrainingArguments):
         if not self.output_dir:
             raise ValueError("--output_dir is missing: the folder of this run")
         self._check_quantisation()
+        self.checkpointing_is_open = str(self.gradient_checkpointing).lower() == "auto"
+        self.checkpointing_reason = ""
+        self.gradient_checkpointing = self.checkpointing_is_open or _boolean(  # type: ignore[assignment]
+            "--gradient_checkpointing", self.gradient_checkpointing
+        )
         if str(self.fsdp).lower() in ("true", "false"):
             self.fsdp = str(self.fsdp).lower() == "true"
         if self.fsdp:
@@ -211,6 +222,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.tf32 and not is_torch_tf32_available():
             self.tf32 = None
             self.notes.append("no TF32 hardware here: --tf32 has no effect")
+        self._check_kernels(cuda)
         if not cuda:
             self.use_cpu = True
             self.dataloader_pin_memory = False
@@ -226,6 +238,8 @@ class TrainingArguments(transformers.TrainingArguments):
             super().__post_init__()
         if planned_deepspeed is not None:
             self.deepspeed = planned_deepspeed
+        elif self.deepspeed:
+            self.zero_configuration = self.hf_deepspeed_config.config.get("zero_optimization", {})
         for name in self.report_to:
             if find_spec(name) is None:
                 raise ValueError(f"--report_to {name}: not installed here (pip install {name})")
@@ -234,6 +248,34 @@ class TrainingArguments(transformers.TrainingArguments):
             self.notes.append(
                 "one process uses one GPU: launch with torchrun or deepspeed to use all of them"
             )
+
+    def recompute(self, again: bool, reason: str) -> None:
+        """What `--gradient_checkpointing auto` came to, and the numbers it rests on."""
+        self.gradient_checkpointing, self.checkpointing_reason = again, reason  # type: ignore[assignment]
+        if hasattr(self, "activation_checkpointing"):  # the name from transformers 5.23 on
+            self.activation_checkpointing = again
+
+    def _check_kernels(self, cuda: bool) -> None:
+        """Liger's kernels and torch.compile; the parent's own way with either replaces what the trainer relies on."""
+        if self.use_liger_kernel and not self.dry_run:  # a plan is made for other machines
+            if not cuda:
+                raise ValueError("--use_liger_kernel needs a GPU: its kernels are written in Triton")
+            if find_spec("liger_kernel") is None:
+                raise ValueError("--use_liger_kernel: not installed here (pip install liger-kernel)")
+            # Its cross entropy would replace the model's forward, and logits are few here already.
+            self.liger_kernel_config = {
+                "fused_linear_cross_entropy": False,
+                **(self.liger_kernel_config or {}),
+            }
+        self.compile_options: dict[str, Any] | None = None
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            if self.deepspeed or self.fsdp:
+                raise ValueError(
+                    "--torch_compile goes neither with --deepspeed nor with --fsdp: leave one out"
+                )
+            backend = self.torch_compile_backend or "inductor"
+            self.compile_options = {"backend": backend, "mode": self.torch_compile_mode, "dynamic": True}
+            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
 
     def _processes(self) -> int:
         """Of the run, or of the run that is planned."""
@@ -290,6 +332,13 @@ class TrainingArguments(transformers.TrainingArguments):
             )
 
 
+def _boolean(flag: str, value: object) -> bool:
+    try:
+        return string_to_bool(value)
+    except ArgumentTypeError:
+        raise ValueError(f"{flag} {value}: choose True, False or auto") from None
+
+
 def accumulation_for(target: int | None, per_device: int, accumulation: int, processes: int) -> int:
     """Micro-batches per optimizer step so that per_device × accumulation × processes = `target` exactly.
 
@@ -337,7 +386,8 @@ def _show_in_help(arguments: type) -> None:
     for entry in fields(arguments):
         if entry.name in vars(arguments).get("__annotations__", {}):
             said = below.get(entry.name, "").replace("`", "").replace("%", "%%")
-            entry.metadata = MappingProxyType({"help": f"{said} (default: %(default)s)".strip()})
+            shown = f"{said} (default: %(default)s)".strip()
+            entry.metadata = MappingProxyType({**entry.metadata, "help": shown})
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

@@ -2,7 +2,8 @@
 
 One multiply-add is two operations, so a linear layer of P weights costs 2 P for each token forward, 2 P for the
 gradient of its input, and 2 P for that of its weights where these train (Kaplan et al., arXiv:2001.08361, appendix
-B). Norms, activations, rotary embeddings and the optimizer are left out: they are bound by memory and below 1 %.
+B). Norms, activations, rotary embeddings, the optimizer and DoRA's weight norms (once a step) are left out: they are
+bound by memory or below 1 %.
 Attention is causal and multiplies only the half that is needed, as the fused kernels do: 2 n² × width for each layer
 forward (Q Kᵀ and P V, half of 2 n² × width each), twice that backward.
 """
@@ -140,12 +141,6 @@ def tower_forward(shape: ModelShape) -> int:
     return patches + shape.tower_read * tower_block(shape)
 
 
-def dora_norm(shape: ModelShape, rank: int) -> int:
-    """What DoRA adds to one forward pass of a micro-batch, whatever its size: PEFT forms B A of every layer by
-    sending the identity through A and B, 2 r in (in + out) each (peft/tuners/lora/dora.py)."""
-    return 2 * rank * shape.layers * sum(i * (i + o) for i, o in shape.linears)
-
-
 def work(shape: ModelShape, trained: Trained, load: Load, *, checkpointing: bool) -> Work:
     """One micro-batch. checkpointing: decoder layers, and blocks of a tower that trains, run forward twice."""
     positions, images = load.rows * load.length, load.images
@@ -177,9 +172,4 @@ def work(shape: ModelShape, trained: Trained, load: Load, *, checkpointing: bool
         repeated = repeated + decoder
         if tower_trains:
             repeated = repeated + images * shape.tower_read * tower_block(shape)
-    if trained.dora:
-        passes = 2 if checkpointing else 1
-        repeated = repeated + passes * dora_norm(shape, trained.lora_rank)
-        if trained.lora_dropout:  # PEFT then multiplies the dropped input by the frozen weights once more
-            repeated = repeated + (passes + 1) * linear
     return Work(forward, backward, repeated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,8 +15,10 @@ LEGACY_RENAMED = {
     "--unfreeze_mm_vision_tower": "--tune_vision_tower",
     "--local-rank": "--local_rank",
     "--no_cuda": "--use_cpu",
-    "--dora_enable": "--use_dora",
 }
+
+VHM_RENAMED = {"--data_path": "--image_folder", "--list_file": "--data_path"}
+"""What VHM's words mean on a command line that has both: the folder, and the records of its images."""
 
 LEGACY_DROPPED = {
     "--lazy_preprocess": "samples are always encoded when they are read",
@@ -30,7 +33,6 @@ LEGACY_DROPPED = {
     "--logging_dir": "logs go to the run folder",
     "--lora_bias": "biases are not trained, LLaVA's own default",
     "--lora_weight_path": "LLaVA reads it nowhere",
-    "--list_file": "all records are in the one file that --data_path names",
     "--run_name": "the run is named by its folder",
 }
 
@@ -42,8 +44,9 @@ _OF_THE_ORIGINALS = ("--lazy_preprocess", "--mm_use_im_patch_token", "--is_multi
 def with_their_defaults(argv: list[str], kept: list[str], notes: list[str]) -> list[str]:
     """The translated command line, with the defaults of the originals where `argv` was written for them.
 
-    LLaVA trains the model itself unless LoRA is asked for, and the projector beside LoRA. GeoChat's own line does not
-    train the projector, and differs from LLaVA's in that it names no rate for it.
+    LLaVA trains the model itself unless LoRA is asked for, and the projector beside LoRA; it crops images unless told
+    to pad them. GeoChat's own line does not train the projector, and differs from LLaVA's in that it names no rate for
+    it. A logger that is not installed ends no such run: the loss is written anyway.
     """
     if "--preset" in kept or not any(word.split("=")[0] in _OF_THE_ORIGINALS for word in argv):
         return kept
@@ -52,6 +55,8 @@ def with_their_defaults(argv: list[str], kept: list[str], notes: list[str]) -> l
         added += ["--lora_enable", "False"]
     elif "--mm_projector_lr" in kept and "--tune_mm_mlp_adapter" not in kept and _asks_for_lora(kept):
         added += ["--tune_mm_mlp_adapter", "True"]
+    if "--image_aspect_ratio" not in kept:
+        added += ["--image_aspect_ratio", "square"]
     if added:
         notes.append(
             f"{' '.join(added)} is taken from this command line's being LLaVA's; give it to say otherwise"
@@ -60,7 +65,16 @@ def with_their_defaults(argv: list[str], kept: list[str], notes: list[str]) -> l
         notes.append(
             "without --image_size images are seen as GeoChat does, at 504 px; --image_size 336 is LLaVA's and VHM's"
         )
-    return added + kept
+    return added + _without_absent_logger(kept, notes)
+
+
+def _without_absent_logger(words: list[str], notes: list[str]) -> list[str]:
+    place = words.index("--report_to") + 1 if "--report_to" in words else len(words)
+    name = "".join(words[place : place + 1])
+    if name in ("", "none", "all") or find_spec(name):
+        return words
+    notes.append(f"--report_to {name} is ignored: not installed here (pip install {name})")
+    return [*words[:place], "none", *words[place + 1 :]]
 
 
 def _asks_for_lora(words: list[str]) -> bool:
@@ -73,7 +87,9 @@ def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
     """Command line with LLaVA's outdated flags renamed or dropped, and one line for each dropped one."""
     kept: list[str] = []
     notes: list[str] = []
-    words = iter([part for word in argv for part in _split_equals(word)])
+    split = [part for word in argv for part in _split_equals(word)]
+    renamed = LEGACY_RENAMED | (VHM_RENAMED if "--list_file" in split else {})
+    words = iter(split)
     dropping = layers = False
     for word in words:
         if word == "--tune_entire_model":  # VHM's word for everything, the tower included
@@ -86,7 +102,7 @@ def translate_legacy(argv: list[str]) -> tuple[list[str], list[str]]:
             dropping = word in LEGACY_DROPPED
             if dropping:
                 notes.append(f"{word} is ignored: {LEGACY_DROPPED[word]}")
-            word = LEGACY_RENAMED.get(word, word)
+            word = renamed.get(word, word)
             kept += [] if dropping else [word]
         elif not dropping:
             kept += word.strip("[]").replace(",", " ").split() if layers else [word]

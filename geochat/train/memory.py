@@ -54,7 +54,7 @@ class Counts:
 
     @classmethod
     def of(cls, model: nn.Module) -> Counts:
-        named = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
+        named = [(name, _elements(p), p.requires_grad) for name, p in model.named_parameters()]
         return cls(
             total=sum(size for _, size, _ in named),
             trained=sum(size for _, size, trains in named if trains),
@@ -64,6 +64,11 @@ class Counts:
                 if not trains and "_proj." in name and "language_model." in name
             ),
         )
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # of bitsandbytes: two weights of 4 bits lie in a byte
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,20 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
     asked = "grouped" if args.group_by_modality_length else "shuffled"
     steps = layout.steps(len(dataset))
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
-    trained = _trained(groups, model_args, args)
+    trained = trained_of(groups, model_args, args)
     tokens = reader.tokens(outlined.processor.image_tokens)
-    shape, counts, setting = ModelShape.of(outlined.config), Counts.of(model), _setting(args)
+    shape, counts, setting = ModelShape.of(outlined.config), Counts.of(model), setting_of(args)
     most = worst(tokens, batches[asked], args)
     share = layout.micro_batch * layout.accumulation
+    sizing = Sizing(shape, trained, counts, most, share, args.max_tokens_per_micro_batch)
+    checked = next((gpu for gpu in GPUS if gpu.name == args.plan_gpu), None)
+    if args.checkpointing_is_open:
+        gpu = checked or max(GPUS, key=lambda gpu: gpu.memory)
+        again = not sizing.footprint(setting.changed(checkpointing=False), layout.micro_batch).holds(
+            gpu.memory
+        )
+        args.recompute(again, f"as an empty {gpu.name} decides")
+        setting = setting.changed(checkpointing=again)
     return Plan(
         recipe=describe(model, outlined.processor, arguments, samples=len(dataset)),
         notes=[*args.notes, *outlined.notes, *_bad_rows(reader, data_args)],
@@ -90,8 +99,8 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
         shape=shape,
         trained=trained,
         setting=setting,
-        sizing=Sizing(shape, trained, counts, most, share, args.max_tokens_per_micro_batch),
-        checked=next((gpu for gpu in GPUS if gpu.name == args.plan_gpu), None),
+        sizing=sizing,
+        checked=checked,
     )
 
 
@@ -102,7 +111,7 @@ def worst(tokens: Tokens, batches: Batches, args: TrainingArguments) -> Load:
     how much a sample takes there; its fullest part where it is computed in parts.
     """
     if not (args.packing or args.share_image_prefix):
-        return Load(1, tokens.longest, max(tokens.most_images, 1), tokens.most_supervised)
+        return of_longest(tokens)
     m = 1 if args.max_tokens_per_micro_batch else args.per_device_train_batch_size
     return Load(
         rows=1,
@@ -110,6 +119,11 @@ def worst(tokens: Tokens, batches: Batches, args: TrainingArguments) -> Load:
         images=-(-max(load.images for load in batches.loads) // m),
         supervised=-(-max(load.supervised for load in batches.loads) // m),
     )
+
+
+def of_longest(tokens: Tokens) -> Load:
+    """A sample in a row of its own, as long as the longest that was read."""
+    return Load(1, tokens.longest, max(tokens.most_images, 1), tokens.most_supervised)
 
 
 def _dataset(outlined: Outline, data_args: DataArguments, args: TrainingArguments) -> InstructionDataset:
@@ -148,7 +162,7 @@ def _run_micro_batches(layout: Layout, rows: int, steps: int) -> int:
     return layout.processes * (epochs * each + min(rest * layout.accumulation, each))
 
 
-def _trained(groups: dict[str, int], model_args: ModelArguments, args: TrainingArguments) -> Trained:
+def trained_of(groups: Collection[str], model_args: ModelArguments, args: TrainingArguments) -> Trained:
     return Trained(
         lora_rank=args.lora_r if args.lora_enable else 0,
         lora_dropout=args.lora_dropout,
@@ -156,19 +170,19 @@ def _trained(groups: dict[str, int], model_args: ModelArguments, args: TrainingA
         language_model="language_model" in groups,
         projector="projector" in groups,
         tower_from=(model_args.tune_vit_from_layer or 0)
-        if groups.keys() & {"vision_tower", "vision_lora"}
+        if {"vision_tower", "vision_lora"} & set(groups)
         else None,
     )
 
 
-def _setting(args: TrainingArguments) -> Setting:
+def setting_of(args: TrainingArguments) -> Setting:
     zero = args.zero_configuration
     return Setting(
         gpus=args.world_size,
         stage=zero_stage(args) if args.deepspeed else None,
         offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
         offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        checkpointing=args.gradient_checkpointing,
+        checkpointing=bool(args.gradient_checkpointing),
         compute_bytes=compute_dtype(args).itemsize,
         optimizer_8bit="8bit" in str(args.optim),
         bits=args.bits,

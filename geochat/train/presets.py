@@ -31,7 +31,7 @@ _SCHEDULE: Flags = {
     "model_max_length": 2048,
     "gradient_checkpointing": True,
 }
-_SQUARE_336: Flags = {"image_size": 336, "image_aspect_ratio": "pad"}
+_PADDED_336: Flags = {"image_size": 336, "image_aspect_ratio": "pad"}
 
 _GEOCHAT: Flags = {
     **_SCHEDULE,
@@ -45,7 +45,7 @@ _GEOCHAT: Flags = {
     "learning_rate": 2e-4,
     "global_batch_size": 144,
 }
-_VHM: Flags = {**_SCHEDULE, **_SQUARE_336, "lora_enable": False, "learning_rate": 2e-5}
+_VHM: Flags = {**_SCHEDULE, **_PADDED_336, "lora_enable": False, "learning_rate": 2e-5}
 
 PRESETS: dict[str, Preset] = {
     "geochat_lora": Preset("GeoChat's README; rate and rank of its code", 3, _GEOCHAT),
@@ -66,6 +66,7 @@ PRESETS: dict[str, Preset] = {
             **_SCHEDULE,
             "version": "plain",
             "image_size": 336,
+            "image_aspect_ratio": "square",
             "lora_enable": False,
             "tune_mm_mlp_adapter": True,
             "learning_rate": 1e-3,
@@ -77,7 +78,7 @@ PRESETS: dict[str, Preset] = {
         3,
         {
             **_SCHEDULE,
-            **_SQUARE_336,
+            **_PADDED_336,
             "version": "v1",
             "lora_enable": True,
             "use_dora": True,
@@ -96,7 +97,7 @@ PRESETS: dict[str, Preset] = {
         2,
         {
             **_SCHEDULE,
-            **_SQUARE_336,
+            **_PADDED_336,
             "version": "internlm2_chat",
             "lora_enable": True,
             "bits": 4,
@@ -117,6 +118,7 @@ PRESETS: dict[str, Preset] = {
         3,
         {
             **_VHM,
+            "image_aspect_ratio": "square",
             "version": "plain",
             "mm_vision_select_layer": [8, 16, 24],
             "tune_vision_tower": True,

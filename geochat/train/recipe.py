@@ -148,7 +148,7 @@ def describe(
         ("rows", rows_are(args)),
         ("precision", precision(args)),
         ("attention", str(model.config._attn_implementation)),
-        ("checkpointing", "activations recomputed" if args.gradient_checkpointing else "activations kept"),
+        ("checkpointing", checkpointing(args)),
         ("ZeRO", f"stage {stage}" if stage else "off"),
         *([("FSDP", f"version {args.fsdp_plugin_args['fsdp_version']}")] if args.fsdp else []),
         ("seed", str(args.seed)),
@@ -163,6 +163,12 @@ def rows_are(args: TrainingArguments) -> str:
     return f"{shared}, {'packed' if args.packing else 'padded'}{f', at most {most:,} tokens at once' if most else ''}"
 
 
+def checkpointing(args: TrainingArguments) -> str:
+    """Whether activations are computed twice, and why where the flag left it open."""
+    does = f"activations {'recomputed' if args.gradient_checkpointing else 'kept'}"
+    return f"{does}: {args.checkpointing_reason}" if args.checkpointing_reason else does
+
+
 def precision(args: TrainingArguments) -> str:
     return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
 
@@ -173,11 +179,7 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
 
 def zero_stage(args: TrainingArguments) -> int:
     """0 without DeepSpeed."""
-    if not args.deepspeed:
-        return 0
-    if args.dry_run:
-        return args.zero_configuration.get("stage", 0)
-    return args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage", 0)
+    return args.zero_configuration.get("stage", 0)
 
 
 def _value(setting: Any) -> str:

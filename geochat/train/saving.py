@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +41,17 @@ class SaveError(RuntimeError):
 
 @contextmanager
 def explained(run: Path, name: str) -> Iterator[None]:
-    """Turns what torch, safetensors and the file system raise for a failed write into one SaveError line."""
+    """Turns what torch, safetensors and the file system raise for a failed write into one SaveError line.
+
+    What was written of the save is deleted, so that a full disk has room again.
+    """
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
         kept = checkpoints(run)
         previous = f"{kept[-1].name} is intact" if kept else "there was no earlier checkpoint"
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        reason = getattr(error, "strerror", None) or _refusal(run) or str(error).strip().split("\n")[0]
+        shutil.rmtree(run / f"{STAGING}{name}", ignore_errors=True)
         raise SaveError(f"{run / name} could not be saved ({reason}); {previous}") from error
 
 
@@ -238,6 +243,17 @@ def remove(folder: Path) -> None:
 def _pattern(pattern: dict[str, int] | None) -> int:
     """The tower's rank or alpha: the one entry of PEFT's pattern, or 0 where the tower has no adapter."""
     return next(iter((pattern or {}).values()), 0)
+
+
+def _refusal(run: Path) -> str | None:
+    """Why the disk takes nothing more, or None: torch only says that a file ended too early."""
+    try:
+        with tempfile.TemporaryFile(dir=run, buffering=0) as file:
+            file.write(bytes(2**20))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _flush(path: Path) -> None:

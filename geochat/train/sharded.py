@@ -1,4 +1,4 @@
-"""What DeepSpeed and FSDP need beside transformers' Trainer: saves without frozen weights, gathered weights."""
+"""What DeepSpeed and FSDP need beside transformers' Trainer: saves without frozen weights, gathered weights, a resume."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import trainer as parent
 from geochat.train.arguments import TrainingArguments
 from geochat.train.recipe import zero_stage
 from geochat.train.saving import RunSaver
+from geochat.train.universal import forget_universal, part_again, zero_shards
 
 
 class ShardedTrainer(transformers.Trainer):
@@ -96,10 +97,9 @@ class ShardedTrainer(transformers.Trainer):
 
 
 def require_same_layout(resume: Path, args: TrainingArguments) -> None:
-    """Raises: ValueError when the optimizer's state in a checkpoint is spread otherwise than this run wants it."""
-    spread = len(list(resume.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    """Raises: ValueError when the optimizer's state in a checkpoint is spread otherwise than this run can read it."""
     signs = {
-        "--deepspeed": spread,
+        "--deepspeed": bool(zero_shards(resume)),
         "--fsdp": (resume / "optimizer.bin").exists(),
         "": (resume / "optimizer.pt").exists(),
     }
@@ -108,10 +108,11 @@ def require_same_layout(resume: Path, args: TrainingArguments) -> None:
     if before is not None and before != now:
         which = f"with {before}: resume with it" if before else f"without {now}: resume without it"
         raise ValueError(f"{resume} has the optimizer's state of a run {which}")
-    if spread and spread != args.world_size:
-        raise ValueError(
-            f"{resume} was saved by {spread} processes under ZeRO, now there are {args.world_size}: resume with {spread}"
-        )
+    if before == "--deepspeed":
+        weights_spread = any(resume.glob("global_step*/zero_pp_rank_*_model_states.pt"))
+        if weights_spread != (zero_stage(args) == 3):
+            which = "3" if weights_spread else "2 or below"
+            raise ValueError(f"{resume} was saved under ZeRO stage {which}: resume with that stage")
 
 
 @contextmanager
@@ -121,7 +122,13 @@ def partly_loaded() -> Iterator[None]:
     load = parent.deepspeed_load_checkpoint
 
     def lenient(engine: nn.Module, path: str, load_module_strict: bool = False) -> None:
+        groups = engine.optimizer.param_groups
+        own = [{key: group[key] for key in group if key != "params"} for group in groups]
         load(engine, path, load_module_strict=False)
+        if engine.load_universal_checkpoint():
+            rates = torch.load(Path(path) / parent.SCHEDULER_NAME, weights_only=True)["_last_lr"]
+            part_again(engine.optimizer, own, rates)
+            forget_universal(Path(path))
 
     parent.deepspeed_load_checkpoint = lenient
     try:

@@ -47,6 +47,7 @@ from geochat.train.recipe import (
     unfreeze_tower,
     zero_stage,
 )
+from geochat.train.recompute import choose_recomputation
 from geochat.train.saving import (
     Kind,
     RunSaver,
@@ -58,6 +59,7 @@ from geochat.train.saving import (
 )
 from geochat.train.sharded import require_same_layout
 from geochat.train.trainer import LossError, Trainer
+from geochat.train.universal import spread_anew
 
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         with explained(Path(arguments[2].output_dir), "the final model"):
             trainer.save_model()
         report_bad_samples(trainer)
-    except (BadSampleError, LossError, SaveError) as error:
+    except (BadSampleError, LossError, SaveError, OSError) as error:
         stop(error)
 
 
@@ -88,6 +90,7 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     resume = resume_point(args)
     if resume is not None:
         require_same_layout(resume, args)
+        spread_anew(resume, args)
     transformers.set_seed(args.seed)
     with without_zero_init():
         base, processor, record = load_base(arguments)
@@ -100,6 +103,8 @@ def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
     eval_set = (
         open_dataset(data_args.eval_data_path, processor, arguments) if data_args.eval_data_path else None
     )
+    if args.checkpointing_is_open:
+        choose_recomputation(model, base, train_set, model_args, args)
     if args.process_index == 0:
         say(arguments, describe(model, processor, arguments, samples=len(train_set)), resume)
     trainer = Trainer(
@@ -282,7 +287,23 @@ def report_bad_samples(trainer: Trainer) -> None:
         print(f"{len(named)} rows could not be used and were skipped, listed in {file}")
 
 
-if __name__ == "__main__":
-    main()
-    if dist.is_initialized():  # else gloo's threads may outlive the interpreter, which aborts a finished run
+def run() -> None:
+    """`main` as a process of its own.
+
+    Gloo's threads must not outlive the interpreter: that would abort the process, whatever it was about to say. A
+    finished process takes leave of the others. A failed one ends at once, since they may be waiting for it.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if not dist.is_initialized():
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run()

@@ -14,9 +14,11 @@ from torch import nn
 from transformers.trainer_callback import ExportableState
 
 from geochat.data.encode import IGNORE_INDEX
+from geochat.model.dora import dora_layers
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.dataset import BadSampleError, InstructionDataset
+from geochat.train.norms import StepNorms
 from geochat.train.packing import attention_mask, nothing
 from geochat.train.recipe import parameter_groups
 from geochat.train.sampler import EpochSampler
@@ -83,6 +85,12 @@ class Trainer(ShardedTrainer):
     def __init__(self, *, base: nn.Module, saver: RunSaver, **kwargs: Any) -> None:
         if not any(parameter.requires_grad for parameter in base.model.vision_tower.parameters()):
             freeze_tower(base)
+        args: TrainingArguments = kwargs["args"]
+        if args.compile_options:
+            for (
+                layer
+            ) in base.model.language_model.layers:  # one graph serves all; parameters keep their names
+                layer.compile(**args.compile_options)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
         self.attn_implementation, self.mask_dtype = base.config._attn_implementation, base.dtype
@@ -90,6 +98,9 @@ class Trainer(ShardedTrainer):
         self.saver = saver
         self.bad_samples: list[str] = []
         super().__init__(**kwargs)
+        # FSDP has whole weights only while a block is computed.
+        if next(dora_layers(base), None) is not None and not self.is_fsdp_enabled:
+            self.add_callback(StepNorms())
         # The parent hands the token count of the whole step over, and skips its own division by the accumulation,
         # exactly when this is set.
         self.model_accepts_loss_kwargs = self.args.loss_normalization == "token"
@@ -141,14 +152,26 @@ class Trainer(ShardedTrainer):
         """Raises: LossError when the loss is NaN or infinite, before the optimizer uses its gradients."""
         sources = inputs.pop("sources", [])
         loss = self._forward_and_backward(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):  # here, not before: the device has the backward pass to do meanwhile
+        # Here, not before: the device has the backward pass to do meanwhile.
+        if broken := self._broken(loss, sources):
             kept = checkpoints(Path(self.args.output_dir))
             raise LossError(
-                f"the loss of step {self.state.global_step + 1} is {float(loss):g} with the samples "
-                f"{', '.join(sources)}; {f'{kept[-1].name} is intact' if kept else 'nothing was saved yet'}: look "
-                "at these samples, or resume with a lower --learning_rate"
+                f"the loss of step {self.state.global_step + 1} is {' and '.join(broken)}; "
+                f"{f'{kept[-1].name} is intact' if kept else 'nothing was saved yet'}: look at these samples, or resume "
+                "with a lower --learning_rate"
             )
         return loss
+
+    def _broken(self, loss: torch.Tensor, sources: list[str]) -> list[str]:
+        """Losses that are no numbers, with their samples, of all processes: gradients are spoilt for every one."""
+        mine = "" if torch.isfinite(loss) else f"{float(loss):g} with the samples {', '.join(sources)}"
+        if self.args.world_size == 1:
+            return [mine] if mine else []
+        if not self._most(len(mine)):
+            return []
+        found = [""] * self.args.world_size
+        dist.all_gather_object(found, mine)
+        return [each for each in found if each]
 
     def _forward_and_backward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -175,10 +198,11 @@ class Trainer(ShardedTrainer):
             state._set_sync_gradients(syncs)
         return total
 
-    def _most(self, parts: int) -> int:
+    def _most(self, mine: int) -> int:
+        """The largest number of all processes."""
         if not (dist.is_available() and dist.is_initialized()):
-            return parts
-        count = torch.tensor(parts, device=self.args.device)
+            return mine
+        count = torch.tensor(mine, device=self.args.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         return int(count)
 

@@ -179,13 +179,14 @@ def lay_out(
             raise ValueError(f"no usable row was found among {len(reader.bad)}, the first: {reason}")
         batch = collate(items)
         for part in batch.get("parts") or [batch]:
-            loads.append(_load(part, masked))
+            loads.append(load_of(part, masked))
             real += _real(part, collate.pad_token_id)
         samples += len(items)
     return Batches(len(dealt), len(chosen), loads, samples, real)
 
 
-def _load(batch: dict[str, Any], masked: bool) -> Load:
+def load_of(batch: dict[str, Any], masked: bool) -> Load:
+    """What one batch, or a part of one, asks of the model; masked: as for `lay_out`."""
     rows, length = batch["input_ids"].shape
     pictures = len(batch["pixel_values"]) if "pixel_values" in batch else 1  # an empty one stands in
     targets = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

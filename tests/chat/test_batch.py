@@ -51,6 +51,16 @@ def test_answers_end_at_their_own_time(
     assert [answer.finished for answer in answers] == [len(ids) < NEW for ids in expected]
 
 
+def test_answers_of_one_token(chat: Chat, requests: list[Request], generated: Callable) -> None:
+    fresh = Chat(chat.model, chat.processor)
+    alone = requests[::5]  # one question a picture: none of them needs room of its own
+    expected = [generated(chat, request, 1) for request in alone]
+    assert [answer.token_ids for answer in fresh.answer(alone, max_new_tokens=1)] == expected
+    assert list(fresh.stream(requests[0], max_new_tokens=1)) == list(
+        chat.stream(requests[0], max_new_tokens=1)
+    )
+
+
 def test_rows_join_and_leave_between_tokens(chat: Chat, requests: list[Request], generated: Callable) -> None:
     batch = Chat(chat.model, chat.processor).batch()
     rows = [chat.row(request, Settings(NEW)) for request in requests]
@@ -141,7 +151,7 @@ def test_an_unreadable_picture_ends_its_own_questions_alone(
 def test_what_one_pass_holds_is_bounded(
     chat: Chat, requests: list[Request], computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PASS_TOKENS", 300)
+    monkeypatch.setitem(module.PASS_TOKENS, "cpu", 300)
     fresh = Chat(chat.model, chat.processor)
     answers = fresh.answer(requests, max_new_tokens=4)
     longest = max(len(chat.row(request, Settings()).prompt.ids) for request in requests)

@@ -147,6 +147,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 QUICK = Request.ask("What?")
+NANO = Path(__file__).resolve().parents[2] / "playground" / "nano"
 
 
 def test_turns_and_pictures_become_messages(serve, tmp_path: Path) -> None:
@@ -273,28 +274,28 @@ def test_options(serve, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(
     not os.environ.get("GEOCHAT_ALL_TESTS"), reason="starts a server: set GEOCHAT_ALL_TESTS=1"
 )
-def test_answers_of_transformers_serve_are_ours(tiny_model: Path, requests: list[Request]) -> None:
+def test_answers_of_transformers_serve_are_ours(requests: list[Request]) -> None:
     """A real server, on another path through transformers: its processor, its template, its `generate`."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     with closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny_model)]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(NANO)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         chat = None
         for _ in range(240):
             try:
-                chat = RemoteChat(f"http://127.0.0.1:{port}/v1", str(tiny_model), retries=0)
+                chat = RemoteChat(f"http://127.0.0.1:{port}/v1", str(NANO), retries=0)
                 chat.answer([Request.ask("a")], max_new_tokens=1)
                 break
             except (ValueError, ConnectionError):
                 assert process.poll() is None, "the server has ended"
                 time.sleep(0.5)
         assert chat is not None
-        expected = Chat.load(tiny_model, device="cpu").answer(requests, max_new_tokens=10)
+        expected = Chat.load(NANO, device="cpu").answer(requests, max_new_tokens=10)
         found = chat.answer(requests, max_new_tokens=10, batch_size=2)
         assert [answer.text for answer in found] == [answer.text for answer in expected]
         for request, answer in zip(requests[:3], expected, strict=False):

@@ -40,6 +40,8 @@ def test_the_picture_itself_is_not_touched():
 def test_small_pictures_are_enlarged():
     assert draw_regions(Image.new("L", (84, 84)), [Box(1, 1, 9, 9)]).size == (504, 504)
     assert draw_regions(GREY, []).size == GREY.size
+    assert draw_regions(Image.new("L", (30_000, 2)), [Box(1, 1, 9, 9)]).size == (30_000, 2)
+    assert draw_regions(Image.new("L", (2, 100)), [Box(1, 1, 9, 9)]).size == (80, 4000)
 
 
 def test_labels_are_written_beside_the_box():

@@ -76,7 +76,7 @@ def test_answers_and_their_end_are_supervised(name: str):
     template = get_template(name)
     supervised = "".join(segment.text for segment in template.segments(DIALOGUE) if segment.supervised)
     end = "\n" if name == "plain" else template.stop[0]
-    space = " " if name == "vicuna_v1" else ""
+    space = " " if name in ("vicuna_v1", "llava_v1") else ""
     assert supervised == f"{space}A ship.{end}{space}{{<1><2><3><4>|<5>}}{end}"
 
 
@@ -141,10 +141,17 @@ def test_the_golden_prompts(assets: Path):
 
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(
-        ValueError, match=r"'vicuna'; known are chatml, internlm2_chat, llama_3, plain, vicuna_v1"
+        ValueError, match=r"'vicuna'; known are chatml, internlm2_chat, llama_3, llava_v1, plain, vicuna_v1"
     ):
         get_template("vicuna")
     assert get_template("v1") is get_template("vicuna_v1")
+
+
+def test_geochats_own_conversation_mode():
+    """Its scripts prompt with "human" where its training says "user"; all else is the same."""
+    trained, asked = (get_template(name).render(DIALOGUE) for name in ("vicuna_v1", "llava_v1"))
+    assert asked != trained
+    assert asked == trained.replace("curious user", "curious human").replace("the user's", "the human's")
 
 
 def test_a_checkpoints_own_template():

@@ -41,9 +41,9 @@ def test_another_subset_is_named(rows: list[dict], note: str) -> None:
 @pytest.mark.parametrize(
     "name", ["UCmerced:ucmerced", "AID:aid", "lrben:lrben", "region_caption:region_captioning"]
 )
-def test_published_answers_are_of_the_published_subset(assets: Path, name: str) -> None:
+def test_published_answers_are_of_the_published_subset(published: Path, name: str) -> None:
     file, _, benchmark = name.partition(":")
-    rows = read_rows(assets / "data" / "geochat_bench_answers" / f"{file}_geochat_7b.jsonl")
+    rows = read_rows(published / f"{file}_geochat_7b.jsonl")
     (note,) = notes(rows, Benchmark.load(benchmark))
     assert "counts and ids agree" in note
     kept = [row for row in rows if row.get("category", "comp") == "comp"][:-1]

@@ -10,7 +10,7 @@ pytest.importorskip("scipy")
 
 from geochat.eval.benchmark import Benchmark
 from geochat.eval.compare import Run, main, pair
-from geochat.eval.files import write_rows
+from geochat.eval.files import read_json, write_json, write_rows
 from geochat.eval.score import judge, summarise, write_scores
 
 SQUARE = [[10, 10], [50, 10], [50, 50], [10, 50]]
@@ -78,5 +78,8 @@ def test_refusals(runs: list[Path], tmp_path: Path, refused) -> None:
     text = (other / "scores.json").read_text().replace('"nano"', '"aid"')
     (other / "scores.json").write_text(text)
     assert "aid cannot be compared with nano" in refused(main, [str(runs[0]), str(other)])
+    scores = read_json(runs[1] / "scores.json")
+    write_json(runs[1] / "scores.json", scores | {"iou": "hbb"})
+    assert "scored in different ways" in refused(main, [*map(str, runs)])
     (other / "samples.jsonl").unlink()
     assert "samples.jsonl: cannot be read" in refused(main, [str(runs[0]), str(other)])

@@ -54,8 +54,8 @@ def test_rsvqa_is_joined_by_id(tmp_path: Path) -> None:
         benchmark("rsvqa/lr").read_questions(file)
 
 
-def test_rsvqa_as_published(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GEOCHAT_BENCHMARKS", str(assets / "data"))
+def test_rsvqa_as_published(rsvqa_samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEOCHAT_BENCHMARKS", str(rsvqa_samples))
     for name, count in (("rsvqa/lr", 400), ("rsvqa/hr", 300), ("rsvqa/hr_phili", 201)):
         chosen = Benchmark.load(name)
         rows = chosen.read_questions()

@@ -48,6 +48,13 @@ def test_blocks_of_draws_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert interval(shares(30, 70), [str(i) for i in range(100)]) == whole
 
 
+def test_all_right_is_not_sure_to_be_right() -> None:
+    """Twelve questions about four pictures: Wilson's interval of 4 out of 4."""
+    low, high = interval(shares(12, 0), [str(i // 3) for i in range(12)])
+    assert (low, high) == pytest.approx((4 / (4 + 1.96**2), 1.0))
+    assert interval(shares(0, 12), [str(i // 3) for i in range(12)]) == pytest.approx((0.0, 1 - low))
+
+
 def test_nothing_to_divide_by() -> None:
     nothing = pairs([(0.0, 0.0)] * 3)
     assert interval(nothing, ["a", "b", "c"]) is None

@@ -127,6 +127,8 @@ def test_earthdial_reads_its_own_notation() -> None:
         "[[10, 10, 40, 40, 0]]", Question("[[10, 10, 40, 40, 90], [1, 2, 3, 4, 0]]")
     )
     assert (verdict["hit"], verdict["strata"]["objects"]) == (1, "multi")
+    short = METRICS["boxes_earthdial"].judge("[[10, 10, 40, 40]]", Question("[[10, 10, 40, 40, 90]]"))
+    assert (short["predicted"], short["hit"]) == (1, 0)
 
 
 def test_vrsbench_adds_one_to_every_side() -> None:

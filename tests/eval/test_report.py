@@ -17,7 +17,7 @@ from PIL import Image
 from geochat.eval.benchmark import Benchmark, known
 from geochat.eval.charts import confusion_matrix, score_bars, strata_bars
 from geochat.eval.compare import Run
-from geochat.eval.examples import pick, worst
+from geochat.eval.examples import example, pick, worst
 from geochat.eval.files import read_json, write_json, write_rows
 from geochat.eval.measures import confusion, measure, strata
 from geochat.eval.published import beside
@@ -193,6 +193,37 @@ def test_published_figures_that_ship_are_shares_or_errors(name: str) -> None:
     heading, *rows = beside([], Benchmark.load(name).published)
     assert all(len(row) == len(heading) and set(row[1:]) != {"–"} for row in rows)
     assert all(0 <= float(cell) <= 100 for row in rows for cell in row[1:] if cell != "–")
+
+
+def scored(folder: Path, name: str, row: dict) -> tuple[list[Run], Benchmark]:
+    """A run of one question of a benchmark that ships."""
+    benchmark = Benchmark.load(name)
+    rows = [{"question_id": "1", "prompt": "?", **row}]
+    judged = judge(rows, benchmark)
+    write_rows(folder / "answers.jsonl", rows)
+    write_scores(folder, summarise(judged, benchmark, total=1), judged)
+    return [Run.load(folder, "mine")], benchmark
+
+
+def test_boxes_in_thousandths_are_drawn(tmp_path: Path) -> None:
+    Image.new("RGB", (400, 400), "green").save(tmp_path / "0.png")
+    row = {"image": "0.png", "width": 400, "height": 400, "ground_truth": "[[40, 40, 200, 200]]"}
+    runs, benchmark = scored(tmp_path, "vhm/grounding", {**row, "text": "[[100, 100, 500, 500]]"})
+    shown = example("1", runs, benchmark, tmp_path)
+    picture, said, right = shown.answers[0]
+    assert (shown.truth[1], said.split("\n")[0], right) == (
+        "truth: 1 box",
+        "mine: 1 of 1 found, 1 predicted",
+        True,
+    )
+    inside = picture.getpixel((120, 120))
+    assert inside != shown.truth[0].getpixel((120, 120)) == (0, 128, 0)  # the predicted box is filled
+
+
+def test_a_question_without_picture_and_without_truth(tmp_path: Path) -> None:
+    runs, benchmark = scored(tmp_path, "vqav2", {"image": "", "text": "two"})
+    shown = example("1", runs, benchmark, tmp_path)
+    assert (shown.truth[1], shown.answers[0][1:]) == ("truth: not published", ("mine: two", None))
 
 
 def test_plots_are_pictures(classes) -> None:

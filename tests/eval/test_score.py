@@ -20,14 +20,6 @@ def scores_of(file: Path, name: str) -> dict:
     return summarise(judge(rows, benchmark), benchmark, total=len(rows))
 
 
-@pytest.fixture(scope="module")
-def published(assets: Path) -> Path:
-    folder = assets / "data" / "geochat_bench_answers"
-    if not folder.is_dir():
-        pytest.skip(f"no published answers in {folder}")
-    return folder
-
-
 def test_ucmerced_of_the_released_model(published: Path) -> None:
     task = scores_of(published / "UCmerced_geochat_7b.jsonl", "ucmerced")["tasks"]["ucmerced"]
     assert (task["overall"]["correct"], task["overall"]["n"]) == (1774, 2100)

@@ -105,7 +105,7 @@ def test_asking_anew_needs_one_process(tmp_path: Path) -> None:
 def test_numbers_of_a_share() -> None:
     assert Shard.parse("2/8") == Shard(2, 8)
     assert Shard(1, 2).split({"RANK": "3", "WORLD_SIZE": "4"}) == Shard(7, 8)
-    assert Shard(1, 2).split({}) == Shard(1, 2)
+    assert Shard(1, 2).split({"WORLD_SIZE": "4"}) == Shard(1, 2)  # some clusters set it for every program
     for text in ("8/8", "0/0", "1", "-1/2", "a/b"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be I/N"):
             Shard.parse(text)

@@ -53,6 +53,26 @@ def test_pixels_equal_transformers(processor: Processor, tmp_path: Path, mode: s
     assert torch.equal(processor.pixels(image), theirs(image, return_tensors="pt").pixel_values[0])
 
 
+def test_a_tall_picture_padded_in_strips_has_the_same_pixels(processor: Processor, monkeypatch) -> None:
+    whole = processor.pixels(noise(30, 400))
+    monkeypatch.setattr("geochat.model.processor._STRIP", 9_000)  # 22 rows, and a remainder
+    assert torch.equal(processor.pixels(noise(30, 400)), whole)
+
+
+@pytest.mark.parametrize("size", [(30_000, 2), (2, 3_000)])
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_a_ribbon_does_not_fill_the_memory(processor: Processor, mode: str, size: tuple[int, int]) -> None:
+    processor.image_mode = mode
+    ends = Image.new("RGB", size, (255, 0, 0))
+    middle = tuple(slice(edge // 2 - 5, edge // 2 + 5) for edge in reversed(size))
+    pixels = np.array(ends)
+    pixels[middle] = (0, 255, 0)
+    seen = processor.pixels(Image.fromarray(pixels))
+    assert torch.isfinite(seen).all()
+    red, green = seen[:2, 42, 42]
+    assert (green > red + 1) if mode == "crop" else abs(green - red) < 0.1
+
+
 def test_transparency_is_dropped_not_composited(processor: Processor) -> None:
     image = noise(60, 40, "RGBA")
     plain = Image.merge("RGB", image.split()[:3])

@@ -1,4 +1,4 @@
-"""One running demo for all tests of it: the nano model, and answers on demand."""
+"""Stand-ins for the model, a picture, and one running demo for all tests of it: nano, with answers on demand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,52 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+pytest.importorskip("torch")
+
+from PIL import Image
+
+from geochat.chat.engine import Answer, Request
+from geochat.data.images import open_image
+from geochat.serve import cli
+
+
+class Parrot:
+    """Answers what it is told to, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.text = "<p>two ships</p> {<10><20><40><60>|<90>}{<50><20><80><60>|<90>}"
+        self.requests: list[Request] = []
+
+    def stream(self, request: Request, **options):
+        self.requests.append(request)
+        for word in self.text.split(" "):
+            yield word if word == self.text.split(" ")[0] else f" {word}"
+
+    def answer_each(self, requests, **options):
+        self.requests += requests
+        results: list = []
+        for request in requests:
+            try:
+                open_image(request.images[0])
+                results.append(Answer(self.text, (), True))
+            except ValueError as error:
+                results.append(error)
+        return results
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "scene.png"
+    Image.new("RGB", (120, 80), (70, 90, 60)).save(file)
+    return file
+
+
+@pytest.fixture
+def parrot(monkeypatch: pytest.MonkeyPatch) -> Parrot:
+    parrot = Parrot()
+    monkeypatch.setattr(cli, "load_chat", lambda arguments: parrot)
+    return parrot
 
 
 class Line:
@@ -61,7 +107,6 @@ class Demo(NamedTuple):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    pytest.importorskip("torch")
     pytest.importorskip("gradio", reason="the serve extra (gradio) is not installed")
     from geochat.chat.engine import Chat
     from geochat.chat.service import Service

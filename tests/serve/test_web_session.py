@@ -18,8 +18,8 @@ pytest.importorskip("torch")
 from geochat.chat.engine import Chat, Request
 from geochat.data.boxes import parse_regions
 from geochat.data.draw import draw_regions
-from geochat.serve.session import KEPT_FOLDERS, Session, Sessions
 from geochat.serve.streams import Streams
+from geochat.serve.web_session import KEPT_FOLDERS, Session, Sessions
 
 BOXED = "<p>two ships</p> {<10><20><40><60>|<90>}{<50><20><80><60>|<90>}"
 

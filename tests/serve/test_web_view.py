@@ -13,7 +13,7 @@ from PIL import Image
 from geochat.data.boxes import Box, parse_boxes, parse_regions
 from geochat.data.draw import colour, draw_regions
 from geochat.data.phrases import SHORT
-from geochat.serve.view import (
+from geochat.serve.web_view import (
     LONGEST_SIDE,
     TASKS,
     Draft,

@@ -61,13 +61,27 @@ def start():
 
 
 @pytest.fixture
-def torchrun() -> tuple[str, ...]:
-    """The program that trains in two processes."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
-    return (*launcher, "-m", "geochat.train.train")
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def on_processes(free_port: int):
+    """The words that start the training, or another program, in so many processes."""
+
+    def words(number: int, program: tuple[str, ...] = ("-m", "geochat.train.train")) -> tuple[str, ...]:
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(number))
+        return (*launcher, "--master_port", str(free_port), *program)
+
+    return words
+
+
+@pytest.fixture
+def torchrun(on_processes) -> tuple[str, ...]:
+    """The program that trains in two processes."""
+    return on_processes(2)
 
 
 @pytest.fixture

@@ -38,12 +38,12 @@ def test_the_lora_recipe_trains(tiny_base: Path, tiny_records, tmp_path: Path) -
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
-def launched(tmp_path: Path, tiny_records, nvidia: str | None, **variables: str) -> str:
-    """What finetune_lora.sh would start, with stand-ins for the launchers and for nvidia-smi."""
+def launched(tmp_path: Path, tiny_records, nvidia: str | None, *flags: str, **variables: str) -> str:
+    """What finetune_lora.sh would start, with stand-ins for the launchers, for Python and for nvidia-smi."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
     programs = {"torchrun": 'echo torchrun "$@"', "deepspeed": 'echo "deepspeed[$CUDA_VISIBLE_DEVICES]" "$@"'}
-    programs["nvidia-smi"] = nvidia or "exit 127"
+    programs |= {"nvidia-smi": nvidia or "exit 127", "python": 'echo python "$@"'}
     for name, body in programs.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
@@ -58,7 +58,7 @@ def launched(tmp_path: Path, tiny_records, nvidia: str | None, **variables: str)
     environment |= {name: str(value) for name, value in {**given, **variables}.items()}
     environment["PATH"] = f"{tools}:{environment['PATH']}"
     result = subprocess.run(
-        ["bash", str(SCRIPTS / "finetune_lora.sh")],
+        ["bash", str(SCRIPTS / "finetune_lora.sh"), *flags],
         env=environment,
         capture_output=True,
         text=True,
@@ -86,3 +86,11 @@ def test_several_machines_need_their_address(tmp_path: Path, tiny_records) -> No
     )
     said = launched(tmp_path, tiny_records, EIGHT, NODES="2", MASTER_ADDR="10.0.0.1", NODE_RANK="1")
     assert "--nnodes 2 --node_rank 1 --master_addr 10.0.0.1" in said
+
+
+def test_a_plan_is_made_by_one_process_for_all_gpus(tmp_path: Path, tiny_records) -> None:
+    said = launched(tmp_path, tiny_records, None, "--dry_run", "True", GPUS="8", NODES="2")
+    assert said.startswith("python -m geochat.train.train ")
+    assert "--per_device_train_batch_size 9 " in said
+    assert "--plan_gpus 16 " in said
+    assert "torchrun" in launched(tmp_path, tiny_records, None, "--dry_run", "False", GPUS="8")

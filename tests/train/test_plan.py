@@ -87,10 +87,6 @@ def test_operations_of_the_other_recipes() -> None:
     )
     full = work(shape, Trained(language_model=True), load, checkpointing=False)
     assert full.backward == pytest.approx(2 * decoder)
-    dora = work(shape, Trained(lora_rank=64, lora_dropout=0.05, dora=True), load, checkpointing=False)
-    assert dora.executed / work(shape, LORA, load, checkpointing=False).executed == pytest.approx(
-        1.9, abs=0.1
-    )
 
 
 # ---- parameters, states, activations ----
@@ -235,7 +231,7 @@ def test_activations_are_what_autograd_keeps(kind: str, mode: str, checkpointing
         stage=2 if mode == "bfloat16" else None,
         checkpointing=checkpointing,
         compute_bytes=4 if mode == "float32" else 2,
-        mask_bytes=2 if mode == "bfloat16" else 4,
+        mask_bytes=4 if mode == "float32" else 2,
     )
     counted = activations(ModelShape.of(TINY), trained, setting, Load(2, 136, 2, 20)).kept
     assert counted == pytest.approx(sum(storage.nbytes() for storage in saved.values()), rel=0.25)

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from geochat.chat.request import Request
 from geochat.data.boxes import Box, parse_boxes
 from geochat.data.images import open_image
-from geochat.serve.view import Draft, geojson, on_screen, reduced, to_download
+from geochat.serve.web_view import Draft, geojson, on_screen, reduced, to_download
 
 KEPT_FOLDERS = 4
 """Of drawings and of answers: a browser may still be fetching the last few."""
