@@ -75,11 +75,13 @@ class Line:
             yield from self.text
         else:
             self.scripted.counting += 1
-            for number in range(2000):
-                yield f"{number} "
-                if self.stopped.wait(0.05):
-                    break
-            self.scripted.counting -= 1
+            try:
+                for number in range(2000):
+                    yield f"{number} "
+                    if self.stopped.wait(0.05):
+                        break
+            finally:  # who leaves closes the iterator in the middle
+                self.scripted.counting -= 1
 
 
 class Scripted:
