@@ -72,7 +72,7 @@ class Line:
         if self.kind == "fail":
             raise RuntimeError("the worker died")
         if self.kind == "say":
-            yield from self.text
+            yield from (self.text[:10], self.text[10:])
         else:
             self.scripted.counting += 1
             try:
