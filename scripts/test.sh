@@ -7,7 +7,7 @@
 # GEOCHAT_ALL_TESTS=1   the long variants too
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-source scripts/venv.sh train,eval,quant,gguf,geo,dev
+source scripts/venv.sh train,eval,quant,gguf,geo,serve,dev
 
 # Several processes with one thread each beat one process whose threads fight over small tensors.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

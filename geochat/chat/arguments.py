@@ -48,10 +48,13 @@ def number(least: float, most: float = math.inf, whole: bool = False) -> Callabl
     return parse
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """LLaVA's flag names, and what decides how pictures and prompts are prepared; or a server's address."""
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model-path", type=Path, help="merged or adapter folder")
+def add_model_arguments(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
+    """LLaVA's flag names, and what decides how pictures and prompts are prepared; or a server's address.
+
+    With `default`, a folder, the command can do without naming a model.
+    """
+    model = parser.add_mutually_exclusive_group(required=default is None)
+    model.add_argument("--model-path", type=Path, default=default, help="merged or adapter folder")
     model.add_argument("--endpoint", help="or: address of an OpenAI-compatible server, http://host:port/v1")
     parser.add_argument("--endpoint-model", help="model's name there; default: the only one it lists")
     parser.add_argument("--model-base", type=Path, help="base of an adapter, where not the recorded one")

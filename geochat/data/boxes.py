@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -138,16 +138,25 @@ def parse_regions(text: str) -> list[Region]:
     Boxes that follow no phrase, as in the answer to `[refer]`, form a region with an empty phrase.
     """
     regions: list[Region] = []
-    end, open_run = 0, False
-    for match in _ITEM.finditer(text):
-        if match["box"] is None:
-            regions.append(Region(" ".join(match["phrase"].split())))
-        else:
-            if not open_run or not _BETWEEN_BOXES.fullmatch(text, end, match.start()):
-                regions.append(Region(""))
-            regions[-1].boxes.append(_box(match.groups()[2:7]))
-        end, open_run = match.end(), True
+    for match, number in region_items(text):
+        if number == len(regions):
+            regions.append(Region(" ".join((match["phrase"] or "").split())))
+        if match["box"] is not None:
+            regions[number].boxes.append(_box(match.groups()[2:7]))
     return regions
+
+
+def region_items(text: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Phrases and boxes in their order, each with the number of its region in `parse_regions`. A phrase's text is in the
+    match's group "phrase", a box's in "box"."""
+    number, end = -1, 0
+    for match in _ITEM.finditer(text):
+        joined = (
+            match["box"] is not None and number >= 0 and _BETWEEN_BOXES.fullmatch(text, end, match.start())
+        )
+        number += 0 if joined else 1
+        end = match.end()
+        yield match, number
 
 
 def without_boxes(text: str) -> str:
