@@ -90,6 +90,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_last_save_is_resumed(
     way: list[str], rank: int, flags, start, finish, torchrun, tmp_path: Path
 ) -> None:
     run = [*flags, *way, "--max_steps", "2000", "--save_steps", "3", "--output_dir", str(tmp_path)]
+    run += ["--global_batch_size", "4"]
     launcher = start(run, torchrun)
     deadline = time.monotonic() + 240
     while not (tmp_path / "checkpoint-3").exists():

@@ -68,10 +68,10 @@ EXPECTED: dict[str, dict[str, Any]] = {
              "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     "vhm_pretrain": {"lora_enable": False, "tune_vision_tower": True, "tune_vit_from_layer": None,
                      "feature_layer": [8, 16, 24], "version": "plain", "learning_rate": 2e-5,
-                     "image_aspect_ratio": "square", "image_folder": "~/dataset/vhm/pretrain",
-                     "data_path": "~/dataset/vhm/pretrain/list_pretrain.json"},
+                     "image_aspect_ratio": "square", "image_folder": ["~/dataset/vhm/pretrain"],
+                     "data_path": ["~/dataset/vhm/pretrain/list_pretrain.json"]},
     "vhm_finetune": {"lora_enable": False, "feature_layer": [8, 16, 24], "version": "vicuna_v1", "tune_vision_tower": False,
-                     "image_folder": "~/dataset/vhm/sft", "data_path": "~/dataset/vhm/sft/list_sft.json"},
+                     "image_folder": ["~/dataset/vhm/sft"], "data_path": ["~/dataset/vhm/sft/list_sft.json"]},
     "geochat": {"lora_enable": True, "tune_mm_mlp_adapter": False, "lora_r": 64, "lora_alpha": 16, "per_device_train_batch_size": 32,
                 "feature_layer": -2, "version": "vicuna_v1", "image_aspect_ratio": "pad"},
 }  # fmt: skip

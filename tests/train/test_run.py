@@ -46,7 +46,7 @@ def test_full_training_leaves_canonical_folders(flags, tiny_base: Path, tmp_path
     main([*argv, "--gradient_checkpointing", "False", "--image_size", "112", "--lazy_preprocess", "True"])
     said = capsys.readouterr().out
     for fact in ("trains vision_tower", "learning rate 0.0001", "2 = 2 per device × 1 accumulation × 1 processes",
-                 "112 px, pad, 64 tokens per image", "no bfloat16 hardware", "--lazy_preprocess is ignored",
+                 "112 px, crop, 64 tokens per image", "no bfloat16 hardware", "--lazy_preprocess is ignored",
                  "precision  float32", "ZeRO  off"):  # fmt: skip
         assert fact in said
     assert [path.name for path in saving.checkpoints(run)] == ["checkpoint-12"]
