@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -240,11 +241,11 @@ class Page:
         return self.sessions[request.session_hash or ""]
 
     def _talk(self, session: Session, status: str = "", arriving: bool = False) -> Changes:
-        messages = []
+        messages = []  # escaped: Gradio's conversation would take what looks like HTML for HTML
         for exchange in session.exchanges:
             text = readable(exchange.answer, arriving=arriving and exchange is session.exchanges[-1])
-            messages.append({"role": "user", "content": exchange.question})
-            messages.append({"role": "assistant", "content": text})
+            messages.append({"role": "user", "content": html.escape(exchange.question, quote=False)})
+            messages.append({"role": "assistant", "content": html.escape(text, quote=False)})
         return {self.chat: messages, self.status: status}
 
     def _draft(self, session: Session) -> Changes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import html
 import json
 import os
 import threading
@@ -53,7 +54,7 @@ class User:
 
     def _said(self, result: tuple[Any, ...]) -> Said:
         chat, _, status, *_, geojson = result
-        texts = ["".join(part["text"] for part in message["content"]) for message in chat]
+        texts = [html.unescape("".join(part["text"] for part in message["content"])) for message in chat]
         value = geojson.get("value") if isinstance(geojson, dict) else geojson
         return Said(texts, status, Path(value) if value and Path(value).is_file() else None)
 
