@@ -88,6 +88,11 @@ def show(page: Page, picture: Path) -> None:
     page.set_input_files("#picture input[type=file]", picture)
     with Image.open(picture) as image:
         expect(status(page)).to_have_value(f"{image.width} × {image.height} pixels", timeout=PATIENCE)
+    # The picture is put in anew with that line; what is tapped while it loads is not seen.
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#picture img')].some(image => image.complete && image.naturalWidth)",
+        timeout=PATIENCE,
+    )
 
 
 def answers(page: Page) -> Any:
