@@ -27,14 +27,9 @@ from geochat.model.open import recognise
 from geochat.model.processor import Processor
 from geochat.model.weights import open_weights, read_json
 from geochat.train import plan
-from geochat.train.arguments import (
-    IMAGE_MODES,
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    parse_arguments,
-)
+from geochat.train.arguments import IMAGE_MODES, DataArguments, ModelArguments, TrainingArguments
 from geochat.train.collate import Collator
+from geochat.train.command_line import parse_arguments
 from geochat.train.curves import LossCurve
 from geochat.train.data_record import compare_data, data_record
 from geochat.train.dataset import BadSampleError

@@ -19,7 +19,7 @@ from geochat.model.build import build_model
 from geochat.model.vision import freeze_tower
 from geochat.train import arguments
 from geochat.train.activations import activations
-from geochat.train.arguments import parse_arguments
+from geochat.train.command_line import parse_arguments
 from geochat.train.flops import Load, ModelShape, Trained, tower_forward, work
 from geochat.train.gpus import GPUS, Sizing
 from geochat.train.memory import NF4_BYTES, Counts, Setting, states

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from geochat.model.build import build_model
 from geochat.model.checkpoint import load, save_model
 from geochat.serve import cli
-from geochat.train.arguments import parse_arguments
+from geochat.train.command_line import parse_arguments
 from geochat.train.train import load_base, make_trainable
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
