@@ -6,17 +6,15 @@ flags and files give the same plan.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from geochat.data.staged import staged
+from geochat.eval.files import write_json
 from geochat.model.adapter import trainable_groups
 from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from geochat.train.collate import Collator
@@ -27,7 +25,7 @@ from geochat.train.mixture import open_sets
 from geochat.train.outline import outline
 from geochat.train.plan_facts import Plan
 from geochat.train.plan_text import text
-from geochat.train.recipe import compute_dtype, describe, zero_stage
+from geochat.train.recipe import compute_dtype, describe, offloads, zero_stage
 from geochat.train.sampler import EpochSampler
 from geochat.train.workload import Batches, Layout, Reader, Tokens, lay_out
 
@@ -152,17 +150,16 @@ def trained_of(groups: Collection[str], model_args: ModelArguments, args: Traini
 
 
 def setting_of(args: TrainingArguments) -> Setting:
-    zero = args.zero_configuration
     return Setting(
         gpus=args.world_size,
         stage=zero_stage(args) if args.deepspeed else None,
-        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
-        offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
+        offload_optimizer=offloads(args, "optimizer"),
+        offload_weights=offloads(args, "param"),
         checkpointing=bool(args.gradient_checkpointing),
         compute_bytes=compute_dtype(args).itemsize,
         optimizer_8bit="8bit" in str(args.optim),
         bits=args.bits,
-        live_weights=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+        live_weights=int(args.zero_configuration.get("stage3_max_live_parameters", 1_000_000_000)),
     )
 
 
@@ -181,13 +178,6 @@ def run(arguments: Arguments, make_trainable: MakeTrainable, make_collator: Make
     plan = make_plan(arguments, make_trainable, make_collator)
     print(text(plan), flush=True)
     if arguments[2].plan_json:
-        _write(Path(arguments[2].plan_json), plan)
+        write_json(arguments[2].plan_json, plan.as_json())
     if refusal := plan.refusal():
         raise ValueError(refusal)
-
-
-def _write(path: Path, plan: Plan) -> None:
-    with staged(path) as temporary:
-        temporary.write_text(
-            json.dumps(plan.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -183,6 +183,11 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
 def zero_stage(args: TrainingArguments) -> int:
     """0 without DeepSpeed."""
     return args.zero_configuration.get("stage", 0)
+
+
+def offloads(args: TrainingArguments, part: Literal["optimizer", "param"]) -> bool:
+    """Whether ZeRO keeps the optimizer's state, or the weights, in main memory or on a disk."""
+    return args.zero_configuration.get(f"offload_{part}", {}).get("device", "none") != "none"
 
 
 def _value(setting: Any) -> str:

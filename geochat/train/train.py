@@ -46,6 +46,7 @@ from geochat.train.recipe import (
 from geochat.train.recompute import choose_recomputation
 from geochat.train.saving import (
     Kind,
+    LossError,
     RunSaver,
     SaveError,
     explained,
@@ -54,7 +55,7 @@ from geochat.train.saving import (
     without_zero_init,
 )
 from geochat.train.sharded import require_same_layout
-from geochat.train.trainer import LossError, Trainer
+from geochat.train.trainer import Trainer
 from geochat.train.universal import spread_anew
 from geochat.train.validation import make_validation
 

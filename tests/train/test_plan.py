@@ -22,12 +22,12 @@ from geochat.train.activations import activations
 from geochat.train.command_line import parse_arguments
 from geochat.train.flops import Load, ModelShape, Trained, tower_forward, work
 from geochat.train.gpus import GPUS, Sizing
+from geochat.train.hooks import SupervisedRows
 from geochat.train.memory import NF4_BYTES, Counts, Setting, states
 from geochat.train.plan import make_plan
 from geochat.train.plan_facts import Plan
 from geochat.train.recipe import unfreeze_tower
 from geochat.train.train import main, make_collator, make_trainable, prepare
-from geochat.train.trainer import SupervisedRows
 from geochat.train.workload import Layout
 
 VICUNA = {
