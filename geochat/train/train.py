@@ -18,6 +18,7 @@ import transformers
 from torch import nn
 
 from geochat.errors import stop
+from geochat.eval.files import write_text
 from geochat.model.adapter import AdapterSpec, attach, trainable_groups
 from geochat.model.base import BaseRecord
 from geochat.model.build import build_model
@@ -249,9 +250,7 @@ def say(arguments: Arguments, recipe: str, resume: Path | None) -> None:
     lines = [*(f"note: {note}" for note in args.notes), recipe]
     if resume is not None:
         lines.append(f"{'resumed from':>22}  {resume}")
-    run = Path(args.output_dir)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(Path(args.output_dir) / "recipe.txt", "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 
 
@@ -265,7 +264,7 @@ def report_bad_samples(trainer: Trainer) -> None:
     named = sorted({reason for part in reasons for reason in part})
     if args.process_index == 0 and named:
         file = Path(args.output_dir) / "bad_samples.txt"
-        file.write_text("\n".join(named) + "\n", encoding="utf-8")
+        write_text(file, "\n".join(named) + "\n")
         print(f"{len(named)} rows could not be used and were skipped, listed in {file}")
 
 
