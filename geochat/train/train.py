@@ -17,7 +17,6 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from geochat.errors import stop
 from geochat.eval.files import write_text
 from geochat.model.adapter import AdapterSpec, attach, trainable_groups
 from geochat.model.base import BaseRecord
@@ -56,6 +55,7 @@ from geochat.train.saving import (
     without_zero_init,
 )
 from geochat.train.sharded import require_same_layout
+from geochat.train.stopping import stop_together
 from geochat.train.trainer import Trainer
 from geochat.train.universal import spread_anew
 from geochat.train.validation import make_validation
@@ -73,14 +73,14 @@ def main(argv: list[str] | None = None) -> None:
             return plan.run(arguments, make_trainable, make_collator)
         trainer, resume = prepare(arguments)
     except (ValueError, OSError) as error:
-        stop(error)
+        stop_together(error)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         with explained(Path(arguments[2].output_dir), "the final model"):
             trainer.save_model()
         report_bad_samples(trainer)
     except (BadSampleError, LossError, SaveError, OSError) as error:
-        stop(error)
+        stop_together(error)
 
 
 def prepare(arguments: Arguments) -> tuple[Trainer, Path | None]:
