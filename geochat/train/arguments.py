@@ -333,6 +333,9 @@ class TrainingArguments(transformers.TrainingArguments):
             self.fsdp_config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
 
 
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
+
+
 def _boolean(flag: str, value: object) -> bool:
     try:
         return string_to_bool(value)

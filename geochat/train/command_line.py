@@ -11,12 +11,12 @@ from types import MappingProxyType
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from geochat.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
 from geochat.train.legacy import translate_legacy, with_their_defaults, without_effect
 from geochat.train.presets import with_preset
 
 
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+def parse_arguments(argv: list[str]) -> Arguments:
     """Raises: ValueError, with the flag's name, for a flag or value that cannot be used."""
     translated, notes = translate_legacy(argv)
     argv = with_preset(with_their_defaults(argv, translated, notes), notes)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
-from torch import nn
 
 from geochat.eval.files import write_json
 from geochat.model.adapter import trainable_groups
-from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from geochat.train.collate import Collator
+from geochat.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
+from geochat.train.assemble import make_collator, make_trainable
 from geochat.train.flops import Load, ModelShape, Trained
 from geochat.train.gpus import GPUS, Sizing
 from geochat.train.memory import Counts, Setting
@@ -29,13 +27,9 @@ from geochat.train.recipe import compute_dtype, describe, offloads, zero_stage
 from geochat.train.sampler import EpochSampler
 from geochat.train.workload import Batches, Layout, Reader, Tokens, lay_out
 
-Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
-MakeTrainable = Callable[[nn.Module, ModelArguments, TrainingArguments], tuple[Any, nn.Module]]
-MakeCollator = Callable[..., Collator]
 
-
-def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator: MakeCollator) -> Plan:
-    """make_trainable, make_collator: training's own (geochat/train/train.py). Raises: ValueError on unusable input."""
+def make_plan(arguments: Arguments) -> Plan:
+    """Raises: ValueError on unusable input."""
     model_args, data_args, args = arguments
     outlined = outline(model_args, data_args, args)
     _, model = make_trainable(outlined.model, model_args, args)
@@ -44,8 +38,6 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
         for name, members in trainable_groups(model).items()
         if members
     }
-    if not groups:
-        raise ValueError("nothing is left to train: every part is frozen by a flag")
     dataset, validation = open_sets(outlined.processor, data_args, args, look_for_images=False)
     collate = make_collator(outlined.processor, args, model_args.attn_implementation)
     layout = Layout(
@@ -171,11 +163,11 @@ def _bad_rows(reader: Reader, data_args: DataArguments) -> list[str]:
     return [f"{len(reader.bad)} of the rows read cannot be used, {then}: {first}"]
 
 
-def run(arguments: Arguments, make_trainable: MakeTrainable, make_collator: MakeCollator) -> None:
+def run(arguments: Arguments) -> None:
     """Print the plan and, where asked, write it. Raises: ValueError, when the run fits no GPU or input is unusable."""
     if os.environ.get("RANK", "0") != "0":
         return  # under a launcher one process plans for all
-    plan = make_plan(arguments, make_trainable, make_collator)
+    plan = make_plan(arguments)
     print(text(plan), flush=True)
     if arguments[2].plan_json:
         write_json(arguments[2].plan_json, plan.as_json())

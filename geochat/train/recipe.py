@@ -11,7 +11,7 @@ from torch import nn
 from geochat.model.adapter import trainable_groups
 from geochat.model.processor import Processor
 from geochat.model.vision import blocks_read
-from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from geochat.train.arguments import Arguments, ModelArguments, TrainingArguments
 from geochat.train.mixture import Mixture
 from geochat.train.presets import PRESETS
 
@@ -104,7 +104,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
 def describe(
     model: nn.Module,
     processor: Processor,
-    arguments: tuple[ModelArguments, DataArguments, TrainingArguments],
+    arguments: Arguments,
     training: Mixture,
     validation: Mixture | None,
 ) -> str:
