@@ -213,8 +213,8 @@ class Chat:
         rows.sort(key=lambda row: ([order[key] for key in row.prompt.images], len(row.prompt.ids)))
         waiting, batch = deque(rows), self.batch()
         while waiting or batch.rows:
-            if len(batch.rows) <= most * 3 // 4:
-                arriving = batch.fitting(waiting, most, tokens)
+            free = len(batch.rows) <= most * 3 // 4
+            if free and (arriving := batch.fitting(waiting, most, tokens)):
                 for _ in arriving:
                     waiting.popleft()
                 yield from batch.admit(arriving, waiting)

@@ -78,6 +78,23 @@ def test_rows_join_and_leave_between_tokens(chat: Chat, requests: list[Request],
         assert (len(row.ids) == len(expected)) == (row in ended)
 
 
+def test_what_waits_is_looked_through_when_some_of_it_comes_in(
+    chat: Chat, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at every token."""
+    taken: list[int] = []
+    admit = module.Batch.admit
+
+    def counted(batch, rows, coming=()):
+        taken.append(len(rows))
+        return admit(batch, rows, coming)
+
+    monkeypatch.setattr(module.Batch, "admit", counted)
+    Chat(chat.model, chat.processor).answer(requests, max_new_tokens=NEW, token_budget=400)
+    assert min(taken) > 0
+    assert sum(taken) == len(requests)
+
+
 @pytest.fixture
 def computed(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens that the language model computed, pass by pass, padding included."""
