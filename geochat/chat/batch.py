@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,8 @@ class Batch:
         with self._lock, torch.inference_mode():
             place, last = self.rows.index(row), len(self.rows) - 1
             if row.keep and row.length and row.error is None:
-                self._prefixes.keep(self._whole(row, place))
+                with suppress(torch.OutOfMemoryError):  # the next turn then begins anew
+                    self._prefixes.keep(self._whole(row, place))
             if place != last:
                 self.rows[place] = self.rows[last]
                 self._own.move(last, place)
