@@ -183,8 +183,10 @@ class Batch:
                 inputs_embeds=embeds, position_ids=view.positions, use_cache=False, view=view
             )
         self._say(rows, output.last_hidden_state, [len(part) - 1 for part in parts])
-        for row, part in zip(rows, parts, strict=True):
+        for place, (row, part) in enumerate(zip(rows, parts, strict=True), start):
             row.length += len(part)  # last: a pass that failed may be tried again
+            if row.error is not None:
+                self._own.clear(place)
 
     def _embed(self, rows: list[Row], parts: list[np.ndarray]) -> torch.Tensor:
         """[row, token, hidden] of the last tokens of each prompt, or of new ones; pictures among them put in."""
