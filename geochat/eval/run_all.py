@@ -25,23 +25,22 @@ from geochat.eval.run import FAILURES, Model, add_arguments, run, tell
 from geochat.eval.suite import FAILED
 
 
-def run_one(name: str, arguments: argparse.Namespace, model: Model) -> None:
+def run_one(benchmark: Benchmark, source: str, arguments: argparse.Namespace, model: Model) -> None:
     """Ask, score, and write the page where this process is the one that completes the answers."""
-    folder = arguments.output / name
-    one = {"benchmark": name, "output": folder, "questions": None, "image_folder": None}
+    folder = arguments.output / benchmark.name
+    one = {"benchmark": source, "output": folder, "questions": None, "image_folder": None}
     scores = run(argparse.Namespace(**vars(arguments) | one), model)
     tell(scores, folder)
     if scores is None:
         return
-    runs = [Run.load(folder, Path(scores["model_path"]).name)]
-    benchmark = Benchmark.load(name)
+    runs = [Run.load(folder, model.identity if arguments.endpoint else arguments.model_path.resolve().name)]
     write_report(
         runs,
         folder / "report",
         benchmark=benchmark,
         image_folder=Path(scores["image_folder"]),
         figures=tables(runs, benchmark),
-        title=f"{name}: {runs[0].name}",
+        title=f"{benchmark.name}: {runs[0].name}",
     )
     (folder / FAILED).unlink(missing_ok=True)
 
@@ -50,23 +49,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m geochat.eval.run_all", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--benchmarks", nargs="+", required=True, metavar="NAME", help="those to run")
+    parser.add_argument(
+        "--benchmarks", nargs="+", required=True, metavar="NAME", help="names of benchmarks, or .toml files"
+    )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
+        benchmarks = [(Benchmark.load(source), source) for source in arguments.benchmarks]
         model = Model.load(arguments)
     except FAILURES as error:
         stop(error)
-    for name in arguments.benchmarks:
-        print(f"== {name}", flush=True)
+    for benchmark, source in benchmarks:
+        print(f"== {benchmark.name}", flush=True)
         try:
-            run_one(name, arguments, model)
+            run_one(benchmark, source, arguments, model)
         except Exception as error:
             if not isinstance(error, FAILURES):
                 traceback.print_exc()  # a fault of this package
             reason = " ".join(str(error).split()) or type(error).__name__
-            print(f"error: {name}: {reason}", file=sys.stderr, flush=True)
-            write_text(arguments.output / name / FAILED, reason + "\n")
+            print(f"error: {benchmark.name}: {reason}", file=sys.stderr, flush=True)
+            write_text(arguments.output / benchmark.name / FAILED, reason + "\n")
 
 
 if __name__ == "__main__":
