@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs every benchmark whose files are there, scores it and writes its page; then one table and one page over all of
-# them. What is missing is named, with the place to get it. One that fails does not stop the others; the exit code is
-# then 1. The same command goes on where it was stopped.
+# Runs every benchmark whose files are there, with the model loaded once, scores it and writes its page; then one table
+# and one page over all of them. What is missing is named, with the place to get it. One that fails does not stop the
+# others; the table says why, and the exit code is then 1. The same command goes on where it was stopped.
 #
 #   bash scripts/eval_all.sh MODEL DATA_ROOT [FLAG …]      # flags of geochat.eval.run, as --model-base BASE
 #
@@ -24,19 +24,9 @@ start=(python)
 found="$(python -m geochat.eval.suite find "$data")"
 [ -n "$found" ] || fail "$data: the files of no benchmark are there"
 mapfile -t names <<< "$found"
-failed=()
-for name in "${names[@]}"; do
-    echo "== $name"
-    folder="$output/$name"
-    if ! "${start[@]}" -m geochat.eval.run --model-path "$model" --benchmark "$name" --output "$folder" "$@" ||
-        ! python -m geochat.eval.report "$folder" --names "$(basename "$model")" --output "$folder/report" > /dev/null
-    then
-        failed+=("$name")
-    fi
-done
-python -m geochat.eval.suite index "$output" "${names[@]}"
+status=0
+"${start[@]}" -m geochat.eval.run_all --model-path "$model" --output "$output" "$@" --benchmarks "${names[@]}" ||
+    status=$?
+python -m geochat.eval.suite index "$output" "${names[@]}" || status=1
 echo "written: $output/summary.md, $output/index.html"
-[ ${#failed[@]} = 0 ] || {
-    echo "error: failed: ${failed[*]}; the lines above say why" >&2
-    exit 1
-}
+exit "$status"

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -130,8 +131,7 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
     """Rows of: the true boxes, then every run's. Without box questions: pictures with what was said of them."""
     pictured = [e for e in examples if e.boxes]
     if not pictured:
-        said = [(e.truth[0], "\n".join([e.truth[1], *(text for _, text, _ in e.answers)])) for e in examples]
-        return contact_sheet(said, columns=4)
+        return contact_sheet([(e.truth[0], _said(e)) for e in examples], columns=4)
     panels = [
         panel
         for e in pictured
@@ -141,6 +141,12 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
         ]
     ]
     return contact_sheet(panels, columns=1 + len(pictured[0].answers))
+
+
+def _said(e: Example) -> str:
+    """The question's first line, which formats and lists of classes may make long, the truth and the answers."""
+    asked = shorten(e.question.partition("\n")[0], 100, placeholder=" …")
+    return "\n".join([asked, e.truth[1], *(text for _, text, _ in e.answers)])
 
 
 def plural(boxes: int) -> str:

@@ -47,25 +47,25 @@ def grades(parts: np.ndarray, figure: str) -> np.ndarray:
 
 
 def interval(parts: np.ndarray, pictures: Sequence[str]) -> tuple[float, float] | None:
-    """95 % bootstrap interval of the figure. None where there is nothing to divide by.
+    """95 % bootstrap interval of the figure. None where there is nothing to divide by, or only one picture to draw.
 
     Where all questions are right, or all wrong, every draw is alike: then Wilson's interval, with pictures as trials.
     """
-    ends = _ends(figure_of(_draws(parts, pictures)))
+    ends, trials = _ends(figure_of(_draws(parts, pictures))), len(set(pictures))
     if ends in ((0.0, 0.0), (1.0, 1.0)):
-        trials = len(set(pictures))
         return wilson(round(ends[0]) * trials, trials)
-    return ends
+    return ends if trials > 1 else None
 
 
 def paired(
     first: np.ndarray, second: np.ndarray, pictures: Sequence[str]
 ) -> tuple[tuple[float, float] | None, float | None]:
-    """Second's figure minus first's on the same questions: its 95 % interval, and the two-sided bootstrap p-value."""
+    """Second's figure minus first's on the same questions: its 95 % interval, and the two-sided bootstrap p-value. Neither
+    where there is nothing to divide by, or only one picture to draw."""
     drawn = _draws(np.concatenate([first, second], axis=1), pictures)
     gain = figure_of(drawn[:, first.shape[1] :]) - figure_of(drawn[:, : first.shape[1]])
     gain = gain[~np.isnan(gain)]
-    if not len(gain):
+    if not len(gain) or len(set(pictures)) == 1:
         return None, None
     tail = min((gain <= 0).sum(), (gain >= 0).sum())
     return _ends(gain), min(1.0, 2 * (int(tail) + 1) / (len(gain) + 1))

@@ -18,6 +18,8 @@ from geochat.eval.labels import (
 )
 from geochat.eval.options import (
     judge_circular,
+    judge_llava_option,
+    judge_llava_yes_no,
     judge_option,
     judge_refusal,
     judge_xtuner,
@@ -53,6 +55,8 @@ METRICS: dict[str, Metric] = {
     "circular": Metric(judge_circular, summarise_circular, "circular_accuracy"),
     "xtuner_circular": Metric(judge_xtuner, summarise_circular, "circular_accuracy"),
     "yes_no": Metric(judge_yes_no, summarise_yes_no, "accuracy"),
+    "llava_option": Metric(judge_llava_option, summarise_accuracy, "accuracy"),
+    "llava_yes_no": Metric(judge_llava_yes_no, summarise_yes_no, "accuracy"),
     "refusal": Metric(judge_refusal, summarise_accuracy, "accuracy"),
     "vqa": Metric(judge_vqa, summarise_vqa, "vqa_accuracy"),
     "none": Metric(judge_nothing, summarise_nothing, "answered", needs_truth=False),

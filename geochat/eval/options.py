@@ -80,6 +80,16 @@ def judge_xtuner(answer: str, question: Question) -> Verdict:
     return verdict | {"parsed": chosen is not None, "correct": chosen == question.truth, "chosen": chosen}
 
 
+def judge_llava_option(answer: str, question: Question) -> Verdict:
+    """As LLaVA's ScienceQA scorer reads: the letter alone, "B. …", or the one letter after "The answer is"."""
+    stated = re.findall(r"The answer is ([A-Z])\.", answer)
+    if answer in tuple("ABCDE") or re.match(r"[A-E]\. ", answer):
+        stated = [answer[0]]
+    chosen = stated[0] if len(stated) == 1 else None
+    truth = _true_letter(question.truth, _options(question.row))
+    return {"parsed": chosen is not None, "correct": chosen == truth, "chosen": chosen}
+
+
 def summarise_circular(verdicts: Sequence[Verdict]) -> Summary:
     """A question is right when all its turns are. `incomplete` questions lack some that others of the file have: they are
     judged by those there are. `accuracy` is that of single turns."""
@@ -108,6 +118,15 @@ def judge_yes_no(answer: str, question: Question) -> Verdict:
     if truth is None:
         raise ValueError(f"the truth {question.truth!r:.40} is neither yes nor no")
     return {"parsed": said is not None, "correct": said == truth, "said": said, "true": truth}
+
+
+def judge_llava_yes_no(answer: str, question: Question) -> Verdict:
+    """As LLaVA's POPE scorer reads: "no" when the first sentence has the word No, no or not between spaces, else "yes",
+    whatever it says."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    said = "no" if {"No", "no", "not"} & {*words} else "yes"
+    verdict = judge_yes_no(answer, question)
+    return verdict | {"correct": said == verdict["true"], "said": said}
 
 
 def summarise_yes_no(verdicts: Sequence[Verdict]) -> Summary:

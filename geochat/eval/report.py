@@ -31,7 +31,7 @@ Figures = tuple[str, list[list[str]], list[str]]
 
 def tables(runs: Sequence[Run], benchmark: Benchmark) -> list[Figures]:
     """Each run's figures, the comparison with the first run, and published figures beside them."""
-    found: list[Figures] = [(run.name, overview(run), []) for run in runs]
+    found: list[Figures] = [(run.name, overview(run), run.scores.get("notes", [])) for run in runs]
     for run in runs[1:]:
         compared = table(pair(runs[0], run), [runs[0].name, run.name])
         found.append((f"{run.name} against {runs[0].name}", compared, missing_in_one(runs[0], run)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +37,9 @@ from geochat.model.base import BaseRecord
 from geochat.model.checkpoint import fingerprint
 from geochat.model.formats.gguf_file import is_gguf
 
+FAILURES = (ValueError, OSError, RuntimeError, ImportError)
+"""What a run raises where data, model or machine are at fault."""
+
 
 def evaluate(
     chat: Chat,
@@ -53,8 +57,25 @@ def evaluate(
     return summarise(judge([rows[item.key] for item in items], benchmark), benchmark, total=total)
 
 
-def run(arguments: argparse.Namespace) -> Scores | None:
-    """The whole command; None when other shards are still to end.
+@dataclass(frozen=True)
+class Model:
+    chat: Chat | RemoteChat
+    identity: str
+    """The fingerprint of its weights; of a server's model the name."""
+
+    @classmethod
+    def load(cls, arguments: argparse.Namespace) -> Model:
+        """The model that the options name. ValueError when there is none."""
+        if arguments.endpoint:
+            chat = load_chat(arguments)
+            return cls(chat, chat.model)
+        identity = _fingerprint(arguments)
+        arguments.device = _own_device(arguments)
+        return cls(load_chat(arguments), identity)
+
+
+def run(arguments: argparse.Namespace, model: Model | None = None) -> Scores | None:
+    """One benchmark, asked of `model` where it is loaded already; None when other shards are still to end.
 
     Raises ValueError with one line for whatever the user can mend.
     """
@@ -66,14 +87,12 @@ def run(arguments: argparse.Namespace) -> Scores | None:
     shard = arguments.shard.split()
     share = look(shard.share(items))
     judge([{**item.row, "text": ""} for item in share], benchmark)  # a truth that cannot be used shows now
-    model = "" if arguments.endpoint else _fingerprint(arguments)
-    arguments.device = _own_device(arguments)
-    chat = load_chat(arguments)
+    model = model or Model.load(arguments)
     budget = arguments.max_new_tokens or benchmark.max_new_tokens
-    identity = {"model": model or chat.model, "decoding": _decoding(chat, budget, arguments)}
+    identity = {"model": model.identity, "decoding": _decoding(model.chat, budget, arguments)}
     progress = Progress(arguments.output, shard, identity)
     left = progress.begin(share, arguments.overwrite)
-    answered = progress.keep(ask(chat, left, batch_size=arguments.batch_size, max_new_tokens=budget))
+    answered = progress.keep(ask(model.chat, left, batch_size=arguments.batch_size, max_new_tokens=budget))
     done = len(share) - len(left)
     for _ in tqdm(answered, total=len(share), initial=done, desc=benchmark.name, disable=None):
         pass
@@ -104,7 +123,7 @@ def _read(benchmark: Benchmark, arguments: argparse.Namespace) -> tuple[list[Row
 
 def _own_device(arguments: argparse.Namespace) -> str:
     """Of several processes on a machine each has its own GPU."""
-    if arguments.device != "auto" or arguments.endpoint or not torch.cuda.is_available():
+    if arguments.device != "auto" or not torch.cuda.is_available():
         return arguments.device
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
@@ -133,13 +152,10 @@ def _decoding(chat: Chat | RemoteChat, max_new_tokens: int, arguments: argparse.
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m geochat.eval.run", description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All but those that name a benchmark and its files."""
     add_model_arguments(parser)
-    parser.add_argument("--benchmark", required=True, help="name of a benchmark or a .toml file")
     parser.add_argument("--output", type=Path, required=True, help="folder for answers and scores")
-    parser.add_argument("--questions", type=Path, help="question file, where not where the benchmark says")
-    parser.add_argument("--image-folder", type=Path, help="images, where not where the benchmark says")
     parser.add_argument(
         "--shard", type=Shard.parse, default=Shard(), metavar="I/N", help="ask only share I of N, from 0"
     )
@@ -156,20 +172,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="ask again what the output folder has answers for"
     )
-    arguments = parser.parse_args(argv)
-    try:
-        scores = run(arguments)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        stop(error)
+
+
+def tell(scores: Scores | None, output: Path) -> None:
+    """Print what `run` returned."""
     if scores is None:
-        print(f"this share is answered; the last one writes {arguments.output / ANSWERS} and the scores")
+        print(f"this share is answered; the last one writes {output / ANSWERS} and the scores")
         return
     print(table(scores))
     if scores["not_asked"]:
         print(
             f"{scores['not_asked']} questions could not be asked and count as wrong; see `error` in the answers"
         )
-    print(f"written to {arguments.output}: {ANSWERS}, samples.jsonl, scores.json, scores.md")
+    print(f"written to {output}: {ANSWERS}, samples.jsonl, scores.json, scores.md")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m geochat.eval.run", description=__doc__.split("\n")[0])
+    parser.add_argument("--benchmark", required=True, help="name of a benchmark or a .toml file")
+    parser.add_argument("--questions", type=Path, help="question file, where not where the benchmark says")
+    parser.add_argument("--image-folder", type=Path, help="images, where not where the benchmark says")
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        scores = run(arguments)
+    except FAILURES as error:
+        stop(error)
+    tell(scores, arguments.output)
 
 
 if __name__ == "__main__":

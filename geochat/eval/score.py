@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--iou", choices=IOU_MODES, default="rotated", help="hbb: of the horizontal envelopes"
     )
     parser.add_argument("--match", choices=MATCHES, help="match boxes as this program did, faults included")
-    parser.add_argument("--scorer", help="score as this program did, faults included: rsevalkit, xtuner")
+    parser.add_argument(
+        "--scorer", help="score as this program did, faults included: rsevalkit, xtuner, llava"
+    )
     parser.add_argument("--output", type=Path, help="folder for scores.json, scores.md and samples.jsonl")
     arguments = parser.parse_args(argv)
     try:

@@ -3,7 +3,7 @@
     python -m geochat.eval.suite find DATA_ROOT              # names, one per line; what is missing goes to stderr
     python -m geochat.eval.suite index OUTPUT NAME [NAME …]  # summary.md and index.html over OUTPUT/NAME
 
-`scripts/eval_all.sh` calls both.
+`scripts/eval_all.sh` calls both, and `geochat.eval.run_all` between them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from geochat.errors import stop
@@ -22,32 +22,36 @@ from geochat.eval.files import write_text
 from geochat.eval.measures import overview
 from geochat.eval.score import markdown
 
+FAILED = "failed.txt"
+"""In a benchmark's folder: why its last run by `geochat.eval.run_all` failed."""
+
 
 def missing(benchmark: Benchmark) -> list[Path]:
-    """The files and the image folder that are not there."""
+    """The files and the image folder that are not there; their common folder where that is not there."""
+    if not benchmark.root.is_dir():
+        return [benchmark.root]
     questions, images = benchmark.root / benchmark.questions, benchmark.root / benchmark.image_folder
     files = [questions, *(path for paths in benchmark.beside(questions).values() for path in paths)]
     return [path for path in files if not path.is_file()] + ([] if images.is_dir() else [images])
 
 
-def find(data_root: Path) -> Iterator[str]:
-    """Names of the benchmarks that ship whose files are all below the folder."""
+def find(data_root: Path) -> list[str]:
+    """Names of the benchmarks that ship whose files are all below the folder; prints what the others want."""
     if not data_root.is_dir():
         raise ValueError(f"{data_root}: no such folder")
     os.environ["GEOCHAT_BENCHMARKS"] = str(data_root)
+    found, wanting = [], dict[str, list[str]]()
     for name in known():
         benchmark = Benchmark.load(name)
         if absent := missing(benchmark):
-            print(
-                f"{name}: not run, for want of {_listed(absent)}; {_remedy(benchmark, absent)}",
-                file=sys.stderr,
-            )
+            want = f"{' and '.join(map(str, absent))}; {_remedy(benchmark, absent)}"
+            wanting.setdefault(want, []).append(name)
         else:
-            yield name
-
-
-def _listed(paths: Sequence[Path]) -> str:
-    return " and ".join(map(str, paths))
+            found.append(name)
+    for want, names in wanting.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{names[0]}{others}: not run, for want of {want}", file=sys.stderr)
+    return found
 
 
 def _remedy(benchmark: Benchmark, absent: Sequence[Path]) -> str:
@@ -59,13 +63,16 @@ def _remedy(benchmark: Benchmark, absent: Sequence[Path]) -> str:
     return f"get it from {benchmark.source or 'its authors'}"
 
 
-def index(output: Path, names: Sequence[str]) -> str:
-    """Write summary.md and index.html; the summary. A benchmark without scores is shown as failed."""
+def index(output: Path, names: Sequence[str]) -> tuple[str, list[str]]:
+    """Write summary.md and index.html. Returns the summary, and the names of those that failed or have no scores."""
     rows = [["benchmark", "task: figure (%)", "n", "value", "95 % interval", "unreadable"]]
-    links = []
+    links, failed = [], []
     for name in names:
-        if not (output / name / "scores.json").is_file():
-            rows.append([name, "failed", *["–"] * 4])
+        note = output / name / FAILED
+        if note.is_file() or not (output / name / "scores.json").is_file():
+            reason = f": {note.read_text(encoding='utf-8').strip()}" if note.is_file() else ""
+            rows.append([name, f"failed{reason}", *["–"] * 4])
+            failed.append(name)
             continue
         rows += [[name, *row] for row in overview(Run.load(output / name, name))[1:]]
         if (output / name / "report" / "index.html").is_file():
@@ -74,7 +81,7 @@ def index(output: Path, names: Sequence[str]) -> str:
     write_text(output / "summary.md", text)
     parts = [page.html_table(rows), page.heading("Reports"), page.links(links)]
     write_text(output / "index.html", page.page(f"Evaluation: {output.resolve().name}", parts))
-    return text
+    return text, failed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,12 +95,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "find":
-            for name in find(arguments.data_root):
-                print(name)
-        else:
-            print(index(arguments.output, arguments.names))
+            print("\n".join(find(arguments.data_root)))
+            return
+        text, failed = index(arguments.output, arguments.names)
     except (ValueError, OSError) as error:
         stop(error)
+    print(text)
+    if failed:
+        stop(ValueError(f"failed: {', '.join(failed)}; the lines above say why"))
 
 
 if __name__ == "__main__":

@@ -66,8 +66,9 @@ def test_rsvqa_as_published(rsvqa_samples: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_geochats_rsvqa_questions_get_their_truth(tmp_path: Path) -> None:
-    rsvqa(tmp_path).rename(tmp_path / "LR_questions.json")
-    (tmp_path / "X_answers.json").rename(tmp_path / "LR_split_test_answers.json")
+    rsvqa(tmp_path)
+    (tmp_path / "rsvqa_lr").mkdir()
+    (tmp_path / "X_answers.json").rename(tmp_path / "rsvqa_lr" / "LR_split_test_answers.json")
     file = tmp_path / "lrben.jsonl"
     row = {
         "question_id": 13,

@@ -61,6 +61,12 @@ def test_nothing_to_divide_by() -> None:
     assert paired(nothing, nothing, ["a", "b", "c"]) == (None, None)
 
 
+def test_one_picture_says_nothing_of_others() -> None:
+    """Every draw would be that picture again: an interval without width, and a gain beyond doubt."""
+    assert interval(shares(28, 32), ["a"] * 60) is None
+    assert paired(shares(28, 32), shares(29, 31), ["a"] * 60) == (None, None)
+
+
 def test_a_steady_gain_is_sure_and_noise_is_not() -> None:
     random = np.random.default_rng(1)
     base = random.random(300)

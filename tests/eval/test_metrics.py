@@ -32,6 +32,8 @@ EXAMPLES: dict[str, tuple[str, Question]] = {
     "refusal": ("It is not visible.", Question("The ship is invisible.")),
     "vqa": ("yes", Question(["yes"] * 10)),
     "none": ("anything", Question(None)),
+    "llava_option": ("B", Question("B", row=OPTIONS)),
+    "llava_yes_no": ("Yes", Question("yes")),
     "xtuner_circular": ("B", Question("B", row=OPTIONS)),
     "boxes_earthdial": ("{<10><10><40><40>|<90>}", Question([BOX], (100, 100))),
     "boxes_vrsbench": ("{<10><10><40><40>|<90>}", Question([BOX], (100, 100))),

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from geochat.eval.metrics import METRICS
 from geochat.eval.options import (
     judge_circular,
+    judge_llava_option,
+    judge_llava_yes_no,
     judge_option,
     judge_refusal,
     judge_xtuner,
@@ -139,3 +141,35 @@ def test_refusals(answer: str, right: bool) -> None:
     truth = "The tennis court is invisible in the provided image, so I cannot provide an answer."
     assert judge_refusal(answer, Question(truth))["correct"] is right
     assert judge_refusal("Green", Question("green"))["correct"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "ours", "theirs"),
+    [
+        ("B", True, True), ("B. center", True, True), ("The answer is B.", True, True),
+        ("Answer: B", True, False), ("center", True, False), ("(B)", True, False), ("The answer is B. The answer is C.", False, False),
+    ],
+)  # fmt: skip
+def test_options_as_llava_reads_them(answer: str, ours: bool, theirs: bool) -> None:
+    question = Question("B", row={"options": OPTIONS})
+    assert judge_option(answer, question)["correct"] is ours
+    assert judge_llava_option(answer, question)["correct"] is theirs
+
+
+@pytest.mark.parametrize(
+    ("answer", "ours", "theirs"),
+    [
+        ("No, none", "no", "no"),
+        ("There is a ship", None, "yes"),
+        ("NO", "no", "yes"),
+        ("Yes. Not two", "yes", "yes"),
+    ],
+)
+def test_yes_and_no_as_llava_reads_them(answer: str, ours: str | None, theirs: str) -> None:
+    assert judge_yes_no(answer, Question("yes"))["said"] == ours
+    verdict = judge_llava_yes_no(answer, Question("yes"))
+    assert (verdict["said"], verdict["correct"], verdict["parsed"]) == (
+        theirs,
+        theirs == "yes",
+        ours is not None,
+    )

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 import numpy as np
 from PIL import Image
 
+from geochat.eval import examples
 from geochat.eval.benchmark import Benchmark, known
 from geochat.eval.charts import confusion_matrix, score_bars, strata_bars
 from geochat.eval.compare import Run
@@ -39,7 +40,7 @@ def write_run(folder: Path, images: Path, boxes: str, words: str) -> Path:
     benchmark = Benchmark.load("nano")
     judged = judge(rows, benchmark)
     scores = summarise(judged, benchmark, total=len(rows))
-    scores |= {"source": "nano", "image_folder": str(images), "model_path": "m"}
+    scores |= {"source": "nano", "image_folder": str(images), "model_path": "m", "notes": ["not all of it"]}
     write_rows(folder / "answers.jsonl", rows)
     write_scores(folder, scores, judged)
     return folder
@@ -98,6 +99,7 @@ def test_page(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[st
     names = {path.name for path in (tmp_path / "page").iterdir()}
     assert names == {"index.html", "contact_sheet.png", "scores.png", "report.md"}
     assert "## fine-tuned against base" in (tmp_path / "page" / "report.md").read_text()
+    assert (tmp_path / "page" / "report.md").read_text().count("not all of it") == 2  # a note of each run
     tags = Tags()
     tags.feed((tmp_path / "page" / "index.html").read_text())
     assert tags.open == []
@@ -127,6 +129,20 @@ def test_one_run_of_words_alone(runs: list[Path], tmp_path: Path) -> None:
     assert "against" not in (tmp_path / "page" / "report.md").read_text()
     assert (tmp_path / "page" / "contact_sheet.png").is_file()
     assert "the true boxes" not in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_a_sheet_of_words_shows_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    asked = "Classify: " + ", ".join(["dense residential"] * 30) + "\nAnswer in one word."
+    row = {"image": "0.png", "ground_truth": "river", "text": "pond", "prompt": asked}
+    runs, benchmark = scored(tmp_path, "vhm/scene_nwpu", row)
+    captions: list[str] = []
+    monkeypatch.setattr(examples, "contact_sheet", lambda said, columns: captions.extend(c for _, c in said))
+    examples.sheet([example("1", runs, benchmark, tmp_path)])
+    question, truth, answer = captions[0].split("\n")
+    assert question.startswith("Classify: dense residential")
+    assert len(question) <= 100
+    assert (truth, answer) == ("truth: river", "mine: pond")
 
 
 def test_examples_are_drawn_from_every_task_and_stay_the_same(runs: list[Path]) -> None:

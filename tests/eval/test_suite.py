@@ -14,8 +14,9 @@ pytest.importorskip("torch")
 
 from PIL import Image
 
+from geochat.eval import run, run_all
 from geochat.eval.files import read_json, write_rows
-from geochat.eval.suite import main
+from geochat.eval.suite import FAILED, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,6 +57,37 @@ def test_what_can_be_run_is_found_and_what_is_missing_is_named(
     [line] = [line for line in printed.err.splitlines() if line.startswith("lrben: not run")]
     assert f"{data / 'lrben.jsonl'} and {data}" in line
     assert "get it from https://" in line
+    [line] = [
+        line for line in printed.err.splitlines() if "datasets_eval" in line
+    ]  # one for all that want it
+    assert line.startswith("vhm/presence and 33 more: not run")
+
+
+def test_one_model_for_all(
+    data: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused
+) -> None:
+    monkeypatch.setenv("GEOCHAT_BENCHMARKS", str(data))
+    loaded: list[object] = []
+    load = run.load_chat
+    monkeypatch.setattr(run, "load_chat", lambda arguments: loaded.append(arguments) or load(arguments))
+    out, names = tmp_path / "out", ["gqa", "aid", "ucmerced"]
+    arguments = ["--model-path", str(tiny_model), "--output", str(out), "--device", "cpu"]
+    arguments += ["--max-new-tokens", "3", "--benchmarks"]
+    run_all.main([*arguments, *names])
+    assert len(loaded) == 1
+    line = refused(main, ["index", str(out), *names])
+    assert "failed: gqa, aid;" in line
+    summary = (out / "summary.md").read_text()
+    assert "| gqa | failed: " in summary
+    assert "no question file there" in summary
+    (data / "aid" / "river" / "river1.jpg").write_bytes((data / "aid" / "river" / "river0.jpg").read_bytes())
+    run_all.main([*arguments, "aid"])
+    main(["index", str(out), "aid", "ucmerced"])
+    # What had succeeded before and fails now is not shown with its old figures.
+    monkeypatch.setattr(run_all, "write_report", lambda *arguments, **options: {}["fault"])
+    run_all.main([*arguments, "aid"])
+    assert (out / "aid" / FAILED).read_text() == "'fault'\n"
+    assert "failed: aid;" in refused(main, ["index", str(out), *names[1:]])
 
 
 @pytest.mark.slow
@@ -65,7 +97,7 @@ def test_one_failure_does_not_stop_the_others(data: Path, tiny_model: Path, tmp_
     assert "error: failed: aid" in result.stderr
     assert "1 of 2 images are not there" in result.stderr
     summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "| aid | failed |" in summary
+    assert "| aid | failed: 1 of 2 images are not there" in summary
     assert "| ucmerced | ucmerced: accuracy | 2 |" in summary
     page = (tmp_path / "out" / "index.html").read_text()
     assert 'href="ucmerced/report/index.html"' in page
