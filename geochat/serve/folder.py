@@ -27,7 +27,7 @@ def answer_pictures(
     decoding: dict[str, Any],
 ) -> int:
     """Answers in `output`/answers.jsonl and a drawing per picture, NAME.png. Returns how many failed."""
-    items = [Item(file.name, lambda file=file: file, partial(draw_answer, file, output)) for file in files]
+    items = [Item(file.name, partial(Path, file), partial(draw_answer, file, output)) for file in files]
     rows = ask_all(chat, items, query, output, settings, decoding)
     return sum(row["error"] is not None for row in rows)
 
