@@ -66,6 +66,7 @@ def launch(
 
     from geochat.serve.web_guard import Guard, fetch_nothing
     from geochat.serve.web_page import Page
+    from geochat.serve.web_style import CSS, PASTE, THEME
 
     fetch_nothing()
     page = Page(Sessions(folder / "sessions"), service, draw_scenes(folder / "scenes"), model)
@@ -76,6 +77,9 @@ def launch(
         auth=auth,
         share=False,
         inline=False,
+        theme=THEME,
+        css=CSS,
+        js=PASTE,
         quiet=True,
         prevent_thread_lock=True,
         show_error=False,
