@@ -65,8 +65,9 @@ def main() -> None:
 
 
 def draw_question(random: np.random.Generator) -> str:
-    """Some 36 tokens after the picture: what an RSVQA question and its instruction take with Vicuna's tokenizer."""
-    words = random.choice(["road", "ship", "house", "river", "field", "square"], int(random.integers(7, 18)))
+    """24 to 36 tokens after the picture, 28.7 in the mean: RSVQA-HR's questions with their instruction take 28.2 with
+    Vicuna's tokenizer."""
+    words = random.choice(["road", "ship", "house", "river", "field", "square"], int(random.integers(2, 9)))
     return f"Is there a {' '.join(words)} in the image? Answer the question using a single word or phrase."
 
 

@@ -48,6 +48,7 @@ def build(hidden: int, layers: int, seed: int) -> tuple[LlavaForConditionalGener
         num_key_value_heads=hidden // 64,
         max_position_embeddings=4096,
         initializer_range=0.1,  # far from ties
+        eos_token_id=None,  # answers end with their budget
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=processor.image_token_id)
     return LlavaForConditionalGeneration(config).eval(), processor

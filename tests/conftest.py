@@ -9,7 +9,12 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -291,6 +296,38 @@ def _write_folder(folder: Path, tensors: dict[str, np.ndarray], config: dict) ->
 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+@pytest.fixture(scope="module")
+def transformers_serve() -> Iterator[Callable[[Path], str]]:
+    """Puts a model folder behind `transformers serve`, in float32 on the CPU; returns the address of its API."""
+    if not os.environ.get("GEOCHAT_ALL_TESTS"):
+        pytest.skip("starts a server: set GEOCHAT_ALL_TESTS=1")
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(model: Path) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        processes.append(process)
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                return f"http://127.0.0.1:{port}/v1"
+            except OSError:
+                assert process.poll() is None, "the server has ended"
+                time.sleep(0.5)
+        raise AssertionError("the server did not answer in two minutes")
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.fixture

@@ -115,7 +115,8 @@ def launch(tmp_path: Path):
 @pytest.mark.parametrize("gpus", [1, 2, 3, 8])
 def test_recipe_keeps_its_global_batch_on_any_number_of_gpus(name: str, gpus: int, launch) -> None:
     pytest.importorskip("torch")
-    from geochat.train.arguments import accumulation_for, parse_arguments
+    from geochat.train.batch_size import accumulation_for
+    from geochat.train.command_line import parse_arguments
     from geochat.train.presets import PRESETS
 
     preset = PRESETS[RECIPES[name]]

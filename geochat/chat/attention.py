@@ -54,6 +54,10 @@ class OwnTokens:
         if source < self._data.shape[3]:
             self._data[:, :, :, target] = self._data[:, :, :, source]
 
+    def clear(self, row: int) -> None:
+        """What is no number would be none behind a mask either."""
+        self._data[:, :, :, row] = 0
+
     def layer(self, index: int) -> torch.Tensor:
         """Keys and values [2, key-value head, row, token, width]."""
         return self._data[index]

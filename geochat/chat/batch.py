@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,8 @@ class Batch:
         with self._lock, torch.inference_mode():
             place, last = self.rows.index(row), len(self.rows) - 1
             if row.keep and row.length and row.error is None:
-                self._prefixes.keep(self._whole(row, place))
+                with suppress(torch.OutOfMemoryError):  # the next turn then begins anew
+                    self._prefixes.keep(self._whole(row, place))
             if place != last:
                 self.rows[place] = self.rows[last]
                 self._own.move(last, place)
@@ -181,8 +183,10 @@ class Batch:
                 inputs_embeds=embeds, position_ids=view.positions, use_cache=False, view=view
             )
         self._say(rows, output.last_hidden_state, [len(part) - 1 for part in parts])
-        for row, part in zip(rows, parts, strict=True):
+        for place, (row, part) in enumerate(zip(rows, parts, strict=True), start):
             row.length += len(part)  # last: a pass that failed may be tried again
+            if row.error is not None:
+                self._own.clear(place)
 
     def _embed(self, rows: list[Row], parts: list[np.ndarray]) -> torch.Tensor:
         """[row, token, hidden] of the last tokens of each prompt, or of new ones; pictures among them put in."""

@@ -20,7 +20,7 @@ from geochat.chat.request import Prompt, Request
 from geochat.chat.rows import Row
 from geochat.chat.runtime import default_dtype, free_bytes, pick_device, token_bytes
 from geochat.chat.sampling import Settings
-from geochat.chat.text import Answer, Pieces, decode
+from geochat.chat.text import Answer, Pieces, decode, in_order
 from geochat.model import checkpoint
 from geochat.model.processor import Processor
 
@@ -116,14 +116,7 @@ class Chat:
             "top_p": top_p,
             "seed": seed,
         }
-        answers: dict[int, Answer] = {}
-        for i, result in self.results(requests, batch_size=batch_size, token_budget=token_budget, **settings):
-            if isinstance(result, ValueError):
-                raise ValueError(f"request {i}: {result}") from None
-            if isinstance(result, Exception):
-                raise result
-            answers[i] = result
-        return [answers[i] for i in range(len(requests))]
+        return in_order(self.results(requests, batch_size=batch_size, token_budget=token_budget, **settings))
 
     def answer_each(self, requests: Sequence[Request], **options: Any) -> list[Answer | ValueError]:
         """As `answer`, but a request that cannot be asked gives its error and does not stop the others."""
@@ -198,7 +191,7 @@ class Chat:
         batch_size: int | None = None,
         token_budget: int | None = None,
         **settings: Any,
-    ) -> Iterator[tuple[int, Answer | Exception]]:
+    ) -> Generator[tuple[int, Answer | Exception], None, None]:
         """As `answer_each`, each with the index of its request, as they come. A request at which the model breaks gives
         its error too."""
         chosen = Settings(**settings)
@@ -220,8 +213,8 @@ class Chat:
         rows.sort(key=lambda row: ([order[key] for key in row.prompt.images], len(row.prompt.ids)))
         waiting, batch = deque(rows), self.batch()
         while waiting or batch.rows:
-            if len(batch.rows) <= most * 3 // 4:
-                arriving = batch.fitting(waiting, most, tokens)
+            free = len(batch.rows) <= most * 3 // 4
+            if free and (arriving := batch.fitting(waiting, most, tokens)):
                 for _ in arriving:
                     waiting.popleft()
                 yield from batch.admit(arriving, waiting)

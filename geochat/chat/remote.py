@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from geochat.chat.request import Picture, Request, picture_key
 from geochat.chat.sampling import Settings
-from geochat.chat.text import Answer
+from geochat.chat.text import Answer, in_order
 from geochat.data.images import open_image
 from geochat.data.sample import IMAGE_TOKEN
 
@@ -72,13 +72,13 @@ class RemoteChat:
         batch_size: int = 16,
     ) -> list[Answer]:
         """As `Chat.answer`; `batch_size` requests are under way at a time. An answer has no `token_ids`."""
-        settings = Settings(max_new_tokens, temperature, top_p, seed)
-        answers = []
-        for i, result in enumerate(self._results(requests, settings, batch_size)):
-            if isinstance(result, ValueError):
-                raise ValueError(f"request {i}: {result}") from None
-            answers.append(result)
-        return answers
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        return in_order(self.results(requests, batch_size=batch_size, **settings))
 
     def answer_each(
         self, requests: Sequence[Request], *, batch_size: int = 16, **settings: Any
@@ -91,9 +91,16 @@ class RemoteChat:
 
     def results(
         self, requests: Sequence[Request], *, batch_size: int = 16, **settings: Any
-    ) -> Iterator[tuple[int, Answer | ValueError]]:
+    ) -> Generator[tuple[int, Answer | ValueError], None, None]:
         """As `answer_each`, each with the index of its request, as they come."""
-        yield from enumerate(self._results(requests, Settings(**settings), batch_size))
+        chosen = Settings(**settings)
+        pool = ThreadPoolExecutor(batch_size)
+        try:
+            yield from enumerate(
+                pool.map(lambda request, i: self._result(request, chosen, i), requests, count())
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def stream(
         self,
@@ -124,15 +131,6 @@ class RemoteChat:
             raise ValueError(f"{self.endpoint}: the answer broke off")
 
     # -- one request ----------------------------------------------------------------------------------------------
-
-    def _results(
-        self, requests: Sequence[Request], settings: Settings, at_a_time: int
-    ) -> Iterator[Answer | ValueError]:
-        pool = ThreadPoolExecutor(at_a_time)
-        try:
-            yield from pool.map(lambda request, i: self._result(request, settings, i), requests, count())
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _result(self, request: Request, settings: Settings, index: int) -> Answer | ValueError:
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +16,22 @@ class Answer:
     """New tokens, without the stop token."""
     finished: bool
     """False when the token budget ended the answer."""
+
+
+def in_order(results: Generator[tuple[int, Answer | Exception], None, None]) -> list[Answer]:
+    """Answers, each given with the index of its request, by that index.
+
+    Raises the first error, a ValueError with the index; what is not answered by then is not asked.
+    """
+    answers: dict[int, Answer] = {}
+    with closing(results):
+        for i, result in results:
+            if isinstance(result, ValueError):
+                raise ValueError(f"request {i}: {result}") from None
+            if isinstance(result, Exception):
+                raise result
+            answers[i] = result
+    return [answers[i] for i in sorted(answers)]
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:

@@ -61,15 +61,14 @@ def tile_scene(width: int, height: int, side: int, overlap: float) -> list[Tile]
         raise ValueError(f"a tile needs at least one pixel, found a side of {side}")
     if not 0 <= overlap <= 0.9:
         raise ValueError(f"the overlap is a share of the tile's side between 0 and 0.9, found {overlap}")
-    columns, rows = _starts(width, side, overlap), _starts(height, side, overlap)
+    step = max(1, math.floor(side * (1 - overlap)))
+    columns, rows = starts(width, side, step), starts(height, side, step)
     return [Tile(left, top, min(side, width), min(side, height)) for top in rows for left in columns]
 
 
-def _starts(length: int, side: int, overlap: float) -> list[int]:
-    if length <= side:
-        return [0]
-    step = max(1, math.floor(side * (1 - overlap)))
-    return [min(start, length - side) for start in range(0, length - side + step, step)]
+def starts(length: int, side: int, step: int) -> list[int]:
+    """Where tiles begin along an edge: `step` apart, the last one flush with the end."""
+    return [*range(0, length - side, step), max(0, length - side)]
 
 
 def detections(text: str, tile: Tile, width: int, height: int) -> list[Detection]:

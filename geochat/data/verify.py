@@ -173,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         sources = read_sources([options.file], [options.image_folder] if options.image_folder else [])
+        for source in sources:
+            source.require_images()
         found = [
             verify(
                 source.path,

@@ -210,14 +210,10 @@ def _padded(image: Image.Image, side: int) -> Image.Image:
 def _cropped(image: Image.Image, side: int) -> Image.Image:
     """Shorter edge resized to `side`, centre cut out."""
     shortest = min(image.size)
-    if (
-        max(image.size) > 64 * shortest
-    ):  # the ends of a ribbon, resized, could fill the memory and would be cut off
-        reach = 32 * shortest
-        x, y = image.width // 2, image.height // 2
-        image = image.crop(
-            (max(0, x - reach), max(0, y - reach), min(image.width, x + reach), min(image.height, y + reach))
-        )
+    # The ends of a ribbon, resized, could fill the memory, and would be cut off.
+    x, y = (max(0, edge // 2 - 32 * shortest) for edge in image.size)
+    if x or y:
+        image = image.crop((x, y, image.width - x, image.height - y))
     width, height = (side if edge == shortest else int(side * edge / shortest) for edge in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2

@@ -317,7 +317,7 @@ def resume_key(state: State, folders: Iterable[Path | str | None], *settings: ob
             # XTuner's folders hold their parts one level down.
             found = [*Path(folder).glob("*"), *Path(folder).glob("*/*")]
             files |= {file for file in found if file.is_file()}
-        elif folder is not None:
+        elif folder is not None and Path(folder).is_file():
             files.add(Path(folder))
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     names = [(key, entry.shape, str(entry.dtype)) for key, entry in state.items()]

@@ -1,31 +1,28 @@
-"""Command-line arguments of training: LLaVA's flag names, GeoChat's recipe as defaults.
-
-An existing LLaVA or GeoChat command line parses, see `geochat.train.legacy`.
-"""
+"""Arguments of training: LLaVA's flag names, GeoChat's recipe as defaults."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import os
 import warnings
 from argparse import ArgumentTypeError
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 import transformers
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from geochat.model.weights import read_json
-from geochat.train.legacy import translate_legacy, with_their_defaults, without_effect
-from geochat.train.presets import with_preset
+from geochat.train.batch_size import accumulation_for
+from geochat.train.machine import (
+    check_liger,
+    check_quantisation,
+    configure_deepspeed_on_cpu,
+    configure_fsdp_on_cpu,
+)
 
 TEMPLATE_NAMES = {"v1": "vicuna_v1"}
 """LLaVA's `--version` names that differ from ours."""
@@ -209,7 +206,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.notes: list[str] = []  # one line for each request that this machine cannot honour
         if not self.output_dir:
             raise ValueError("--output_dir is missing: the folder of this run")
-        self._check_quantisation()
+        check_quantisation(self)
         self.checkpointing_is_open = str(self.gradient_checkpointing).lower() == "auto"
         self.checkpointing_reason = ""
         self.gradient_checkpointing = self.checkpointing_is_open or _boolean(  # type: ignore[assignment]
@@ -241,15 +238,16 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.tf32 and not is_torch_tf32_available():
             self.tf32 = None
             self.notes.append("no TF32 hardware here: --tf32 has no effect")
-        self._check_kernels(cuda)
+        check_liger(self, cuda)
+        self._take_over_compilation()
         if not cuda:
             self.use_cpu = True
             self.dataloader_pin_memory = False
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no other
             if self.deepspeed:
-                _configure_deepspeed_on_cpu(self)
+                configure_deepspeed_on_cpu(self)
             elif self.fsdp:
-                _configure_fsdp_on_cpu(self)
+                configure_fsdp_on_cpu(self)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trainable parameter is used in every batch
         with warnings.catch_warnings():  # the new name of the flag is missing in transformers 5.16
@@ -274,18 +272,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if hasattr(self, "activation_checkpointing"):  # the name from transformers 5.23 on
             self.activation_checkpointing = again
 
-    def _check_kernels(self, cuda: bool) -> None:
-        """Liger's kernels and torch.compile; the parent's own way with either replaces what the trainer relies on."""
-        if self.use_liger_kernel and not self.dry_run:  # a plan is made for other machines
-            if not cuda:
-                raise ValueError("--use_liger_kernel needs a GPU: its kernels are written in Triton")
-            if find_spec("liger_kernel") is None:
-                raise ValueError("--use_liger_kernel: not installed here (pip install liger-kernel)")
-            # Its cross entropy would replace the model's forward, and logits are few here already.
-            self.liger_kernel_config = {
-                "fused_linear_cross_entropy": False,
-                **(self.liger_kernel_config or {}),
-            }
+    def _take_over_compilation(self) -> None:
+        """torch.compile for each decoder layer, by the trainer; the parent would compile the whole model."""
         self.compile_options: dict[str, Any] | None = None
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             if self.deepspeed or self.fsdp:
@@ -344,21 +332,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp_config is None:
             self.fsdp_config = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]}
 
-    def _check_quantisation(self) -> None:
-        if self.bits not in (4, 8, 16):
-            raise ValueError(f"--bits {self.bits}: choose 4, 8 or 16 (float32: --bf16 False)")
-        if self.bits < 16 and not self.lora_enable:
-            raise ValueError(f"--bits {self.bits} needs --lora_enable True: quantised weights cannot train")
-        if self.vision_lora_r and not self.lora_enable:
-            raise ValueError("--vision_lora_r needs --lora_enable True")
-        if self.bits == 4 and (self.quant_type != "nf4" or not self.double_quant):
-            raise ValueError(
-                "--bits 4 is NF4 with double quantisation: leave --quant_type and --double_quant out"
-            )
-        if self.bits < 16 and find_spec("bitsandbytes") is None:
-            raise ValueError(
-                f"--bits {self.bits}: bitsandbytes is not installed (pip install 'geochat[quant]')"
-            )
+
+Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
 
 def _boolean(flag: str, value: object) -> bool:
@@ -366,115 +341,3 @@ def _boolean(flag: str, value: object) -> bool:
         return string_to_bool(value)
     except ArgumentTypeError:
         raise ValueError(f"{flag} {value}: choose True, False or auto") from None
-
-
-def accumulation_for(target: int | None, per_device: int, accumulation: int, processes: int) -> int:
-    """Micro-batches per optimizer step so that per_device × accumulation × processes = `target` exactly.
-
-    Raises: ValueError when no whole number does it, or when a different accumulation was asked for.
-    """
-    if target is None:
-        return accumulation
-    micro = per_device * processes
-    if target % micro:
-        raise ValueError(
-            f"--global_batch_size {target} cannot be reached: --per_device_train_batch_size {per_device} × "
-            f"{processes} processes = {micro} does not divide it{_nearest_divisors(target, per_device, processes)}"
-        )
-    if accumulation not in (1, target // micro):
-        raise ValueError(
-            f"--global_batch_size {target} needs --gradient_accumulation_steps {target // micro} "
-            f"({per_device} × {target // micro} × {processes} processes), not {accumulation}: leave it out"
-        )
-    return target // micro
-
-
-def _nearest_divisors(target: int, per_device: int, processes: int) -> str:
-    """The micro-batches beside `per_device` that divide the target, as the end of a message."""
-    if target % processes:
-        return f"; nor do {processes} processes"
-    share = target // processes
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
-    below = [size for size in sizes if size < per_device][-1:]
-    above = [size for size in sizes if size > per_device][:1]
-    return f"; {' or '.join(map(str, below + above))} per device does"
-
-
-def _show_in_help(arguments: type) -> None:
-    """Give every field of a dataclass the text below it, and its default, as what `--help` says of the flag."""
-    (tree,) = ast.parse(inspect.getsource(arguments)).body
-    assert isinstance(tree, ast.ClassDef)
-    below = {
-        node.target.id: " ".join(text.value.value.split())
-        for node, text in pairwise(tree.body)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        if isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
-    for entry in fields(arguments):
-        if entry.name in vars(arguments).get("__annotations__", {}):
-            said = below.get(entry.name, "").replace("`", "").replace("%", "%%")
-            shown = f"{said} (default: %(default)s)".strip()
-            entry.metadata = MappingProxyType({**entry.metadata, "help": shown})
-
-
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Raises: ValueError, with the flag's name, for a flag or value that cannot be used."""
-    translated, notes = translate_legacy(argv)
-    argv = with_preset(with_their_defaults(argv, translated, notes), notes)
-    for arguments in (ModelArguments, DataArguments, TrainingArguments):
-        _show_in_help(arguments)
-    parser = transformers.HfArgumentParser(
-        (ModelArguments, DataArguments, TrainingArguments),  # type: ignore[arg-type]
-        prog="python -m geochat.train.train",
-        allow_abbrev=False,
-    )
-    model, data, training, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    if training.vision_lora_r and model.tune_vision_tower:
-        raise ValueError("--vision_lora_r and --tune_vision_tower are two ways to train the tower: give one")
-    _require_an_occasion(data, training)
-    training.notes = notes + training.notes + without_effect(argv, model, training)
-    return model, data, training
-
-
-def _require_an_occasion(data: DataArguments, training: TrainingArguments) -> None:
-    """`--eval_steps` alone says that there is validation; something to validate on without it says nothing of when."""
-    wanted = {
-        "--eval_data_path": data.eval_data_path,
-        "--val_share": data.val_share,
-        "--eval_benchmark": training.eval_benchmark,
-    }
-    flag = next((name for name, value in wanted.items() if value), None)
-    if flag is None or training.eval_strategy != IntervalStrategy.NO:
-        return
-    if not training.eval_steps:
-        raise ValueError(f"{flag} needs --eval_steps N, or --eval_strategy epoch: when to validate")
-    training.eval_strategy, training.do_eval = IntervalStrategy.STEPS, True
-
-
-def _configure_deepspeed_on_cpu(args: TrainingArguments) -> None:
-    """DeepSpeed over gloo: accelerate alone would look for an accelerator and not find the CPU backend."""
-    import deepspeed
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    deepspeed.init_distributed("gloo")
-    state = PartialState(cpu=True)
-    state.distributed_type = DistributedType.DEEPSPEED
-    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-    args.accelerator_config = {"use_configured_state": True}
-
-
-def _configure_fsdp_on_cpu(args: TrainingArguments) -> None:
-    """FSDP over gloo: accelerate offers it where it has found several accelerators."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    args.accelerator_config = {"use_configured_state": True}

@@ -15,8 +15,9 @@ class Collator:
 
     Returns `{"input_ids": int64[batch, n], "labels": int64[batch, n]}`, plus `"pixel_values":
     float32[images, 3, side, side]` when any sample has images (in the order of the placeholders),
-    `"sources": list[str]` (where each sample is from) and `"bad_samples": list[str]` when any row was unusable. There is no attention mask: with causal attention a
-    supervised token never sees the padding on its right, and without a mask the fast causal kernels apply.
+    `"sources": list[str]` (where each sample is from) and `"bad_samples": list[str]` when any row was unusable. There is
+    no attention mask: with causal attention a supervised token never sees the padding on its right, and without a mask
+    the fast causal kernels apply.
     """
 
     def __init__(self, pad_token_id: int) -> None:

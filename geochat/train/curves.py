@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from geochat.eval.files import Row, read_rows, write_rows
+from geochat.data.rows import Row, open_rows, read_rows, row_line, write_rows
+from geochat.data.staged import staged
 
 LOSSES, VALIDATION = "loss.jsonl", "validation.jsonl"
 REDRAW_SECONDS = 60
@@ -60,8 +60,8 @@ def read_log(file: Path) -> list[Row]:
 
 
 def append_row(file: Path, row: Row) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+    with open_rows(file, "a") as stream:
+        stream.write(row_line(row))
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -108,4 +108,5 @@ def draw_curve(rows: list[Row], validation: list[Row], file: Path) -> None:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
-    figure.savefig(file, dpi=110)
+    with staged(file) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")

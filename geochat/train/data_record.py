@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from geochat.data.mixture import Source
+from geochat.eval.files import write_json
 from geochat.model.weights import read_json
 from geochat.train.arguments import DataArguments, TrainingArguments
 
@@ -44,7 +44,7 @@ def _dataset(source: Source) -> Record:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, record)
 
 
 def compare_data(checkpoint: Path, now: Record, *, allow_changed: bool) -> list[str]:

@@ -28,10 +28,10 @@ class InstructionDataset(Dataset):
     """Map-style dataset over an instruction file.
 
     An item is `{"input_ids": int32[n], "labels": int32[n], "source": "file:row", "images": tuple[str], "pixels":
-    float32[images, 3, side, side]}`, without the last two for a text. A record
-    that cannot be used is never blanked: with `on_bad_sample="skip"` the following usable row takes its place and
-    the item carries the reasons under `"bad_samples"`; with `"error"` the item holds nothing but them. The reasons
-    travel with the batch, so that the main process counts what its workers met.
+    float32[images, 3, side, side]}`, without the last two for a text. A record that cannot be used is never blanked:
+    with `on_bad_sample="skip"` the following usable row takes its place and the item carries the reasons under
+    `"bad_samples"`; with `"error"` the item holds nothing but them. The reasons travel with the batch, so that the main
+    process counts what its workers met.
     """
 
     def __init__(

@@ -48,7 +48,8 @@ class PackingCollator(Collator):
     share: samples of the same image become one document. pack: documents fill up rows: of the longest document's
     length, or all in one row (`one_row`, for attention whose cost does not grow with the masked part).
     budget: most tokens, padding included, that are computed at once. The batch is then `{"parts": list of batches as
-    above, "labels": the supervised tokens of all of them, behind one that is none}`; a document that is longer by itself is a part by itself.
+    above, "labels": the supervised tokens of all of them, behind one that is none}`; a document that is longer by itself
+    is a part by itself.
     """
 
     def __init__(

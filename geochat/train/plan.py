@@ -6,20 +6,16 @@ flags and files give the same plan.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Collection
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
-from torch import nn
 
-from geochat.data.staged import staged
+from geochat.eval.files import write_json
 from geochat.model.adapter import trainable_groups
-from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from geochat.train.collate import Collator
+from geochat.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments
+from geochat.train.assemble import make_collator, make_trainable
 from geochat.train.flops import Load, ModelShape, Trained
 from geochat.train.gpus import GPUS, Sizing
 from geochat.train.memory import Counts, Setting
@@ -27,17 +23,13 @@ from geochat.train.mixture import open_sets
 from geochat.train.outline import outline
 from geochat.train.plan_facts import Plan
 from geochat.train.plan_text import text
-from geochat.train.recipe import compute_dtype, describe, zero_stage
+from geochat.train.recipe import compute_dtype, describe, offloads, zero_stage
 from geochat.train.sampler import EpochSampler
 from geochat.train.workload import Batches, Layout, Reader, Tokens, lay_out
 
-Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
-MakeTrainable = Callable[[nn.Module, ModelArguments, TrainingArguments], tuple[Any, nn.Module]]
-MakeCollator = Callable[..., Collator]
 
-
-def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator: MakeCollator) -> Plan:
-    """make_trainable, make_collator: training's own (geochat/train/train.py). Raises: ValueError on unusable input."""
+def make_plan(arguments: Arguments) -> Plan:
+    """Raises: ValueError on unusable input."""
     model_args, data_args, args = arguments
     outlined = outline(model_args, data_args, args)
     _, model = make_trainable(outlined.model, model_args, args)
@@ -46,8 +38,6 @@ def make_plan(arguments: Arguments, make_trainable: MakeTrainable, make_collator
         for name, members in trainable_groups(model).items()
         if members
     }
-    if not groups:
-        raise ValueError("nothing is left to train: every part is frozen by a flag")
     dataset, validation = open_sets(outlined.processor, data_args, args, look_for_images=False)
     collate = make_collator(outlined.processor, args, model_args.attn_implementation)
     layout = Layout(
@@ -152,17 +142,16 @@ def trained_of(groups: Collection[str], model_args: ModelArguments, args: Traini
 
 
 def setting_of(args: TrainingArguments) -> Setting:
-    zero = args.zero_configuration
     return Setting(
         gpus=args.world_size,
         stage=zero_stage(args) if args.deepspeed else None,
-        offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
-        offload_weights=zero.get("offload_param", {}).get("device", "none") != "none",
+        offload_optimizer=offloads(args, "optimizer"),
+        offload_weights=offloads(args, "param"),
         checkpointing=bool(args.gradient_checkpointing),
         compute_bytes=compute_dtype(args).itemsize,
         optimizer_8bit="8bit" in str(args.optim),
         bits=args.bits,
-        live_weights=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+        live_weights=int(args.zero_configuration.get("stage3_max_live_parameters", 1_000_000_000)),
     )
 
 
@@ -174,20 +163,13 @@ def _bad_rows(reader: Reader, data_args: DataArguments) -> list[str]:
     return [f"{len(reader.bad)} of the rows read cannot be used, {then}: {first}"]
 
 
-def run(arguments: Arguments, make_trainable: MakeTrainable, make_collator: MakeCollator) -> None:
+def run(arguments: Arguments) -> None:
     """Print the plan and, where asked, write it. Raises: ValueError, when the run fits no GPU or input is unusable."""
     if os.environ.get("RANK", "0") != "0":
         return  # under a launcher one process plans for all
-    plan = make_plan(arguments, make_trainable, make_collator)
+    plan = make_plan(arguments)
     print(text(plan), flush=True)
     if arguments[2].plan_json:
-        _write(Path(arguments[2].plan_json), plan)
+        write_json(arguments[2].plan_json, plan.as_json())
     if refusal := plan.refusal():
         raise ValueError(refusal)
-
-
-def _write(path: Path, plan: Plan) -> None:
-    with staged(path) as temporary:
-        temporary.write_text(
-            json.dumps(plan.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )

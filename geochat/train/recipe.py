@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from geochat.model.adapter import trainable_groups
 from geochat.model.processor import Processor
 from geochat.model.vision import blocks_read
-from geochat.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from geochat.train.arguments import Arguments, ModelArguments, TrainingArguments
 from geochat.train.mixture import Mixture
 from geochat.train.presets import PRESETS
 
@@ -104,7 +104,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, decayed: set[str
 def describe(
     model: nn.Module,
     processor: Processor,
-    arguments: tuple[ModelArguments, DataArguments, TrainingArguments],
+    arguments: Arguments,
     training: Mixture,
     validation: Mixture | None,
 ) -> str:
@@ -183,6 +183,11 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
 def zero_stage(args: TrainingArguments) -> int:
     """0 without DeepSpeed."""
     return args.zero_configuration.get("stage", 0)
+
+
+def offloads(args: TrainingArguments, part: Literal["optimizer", "param"]) -> bool:
+    """Whether ZeRO keeps the optimizer's state, or the weights, in main memory or on a disk."""
+    return args.zero_configuration.get(f"offload_{part}", {}).get("device", "none") != "none"
 
 
 def _value(setting: Any) -> str:

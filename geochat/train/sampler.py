@@ -102,10 +102,10 @@ def by_image(
     """A permutation of `order` in which the samples of an image stand in one micro-batch.
 
     An image with more samples than a micro-batch holds is spread over several, and so are some where the numbers do not
-    fit together. Images are taken in the order in which
-    `order` first names them, POOL_BATCHES batches at a time, in which (where `lengths` are given) those of similar length
-    share a micro-batch and similar micro-batches a batch; texts without an image keep to themselves. Batches are then
-    shuffled: which samples meet is all that differs from a random order.
+    fit together. Images are taken in the order in which `order` first names them, POOL_BATCHES batches at a time, in
+    which (where `lengths` are given) those of similar length share a micro-batch and similar micro-batches a batch;
+    texts without an image keep to themselves. Batches are then shuffled: which samples meet is all that differs from a
+    random order.
     """
     whole: list[np.ndarray] = []  # of all processes
     single: list[np.ndarray] = []  # micro-batches that make no whole batch

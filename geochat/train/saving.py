@@ -39,6 +39,10 @@ class SaveError(RuntimeError):
     """A save that did not come about: disk full, no permission, folder gone."""
 
 
+class LossError(RuntimeError):
+    """The loss or the weights are no numbers any more; the message names the samples of the batch."""
+
+
 @contextmanager
 def explained(run: Path, name: str) -> Iterator[None]:
     """Turns what torch, safetensors and the file system raise for a failed write into one SaveError line.

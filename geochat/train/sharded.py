@@ -1,4 +1,4 @@
-"""What DeepSpeed and FSDP need beside transformers' Trainer: saves without frozen weights, gathered weights, a resume."""
+"""Saves and resumes, wherever DeepSpeed and FSDP keep weights and the optimizer's state."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import trainer as parent
+from transformers.trainer_callback import ExportableState
 
 from geochat.train.arguments import TrainingArguments
+from geochat.train.data_record import Record, write_record
 from geochat.train.recipe import zero_stage
-from geochat.train.saving import RunSaver
+from geochat.train.saving import LossError, RunSaver, explained
 from geochat.train.universal import forget_universal, part_again, zero_shards
 
 
 class ShardedTrainer(transformers.Trainer):
-    """The part of our Trainer that knows where weights lie."""
+    """The part of our Trainer that knows where weights lie: complete saves, frozen weights left out of them, resumes."""
 
     args: TrainingArguments
     saver: RunSaver
+    data_record: Record | None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         resume = kwargs.get("resume_from_checkpoint")
@@ -33,6 +37,56 @@ class ShardedTrainer(transformers.Trainer):
             self.saver.restore(Path(resume))
         with partly_loaded():
             return super().train(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A complete loadable folder plus trainer state, under a temporary name until everything is written.
+
+        Raises: SaveError; the earlier checkpoints are then as they were.
+        """
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+        with explained(run, name):
+            staging = self.saver.open_staging(run, name, owner=self.args.should_save)
+            self._barrier()
+            self.save_model(str(staging), _internal_call=True)
+            self._save_trainer_state(staging)
+            self._barrier()
+            if self.args.should_save:
+                self.saver.publish(staging, run / name)
+                self.saver.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._barrier()
+
+    def _save_trainer_state(self, staging: Path) -> None:
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+        if self.args.should_save:
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            if self.data_record is not None:
+                write_record(staging, self.data_record)
+
+    def _load_best_model(self) -> None:
+        self.saver.restore(Path(self.state.best_model_checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""
+        gathered = self._gather_weights() if self._is_sharded() else None
+        if self.args.should_save:
+            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            weights = {name: (gathered or trained).get(name, p) for name, p in trained.items()}
+            broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+            if broken:  # gradients that are no numbers come after a loss that is one
+                raise LossError(f"{len(broken)} tensors are no numbers any more, {broken[0]} for one")
+            self.saver.save(Path(output_dir or self.args.output_dir), gathered)
+
+    def _barrier(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As the parent, but frozen weights stay out of DeepSpeed's files for every model: the parent leaves them out
@@ -88,12 +142,6 @@ class ShardedTrainer(transformers.Trainer):
                 if self.args.should_save:
                     found[name] = whole.detach().cpu()
         return found
-
-    def _optimizer_is_offloaded(self) -> bool:
-        if not self.is_deepspeed_enabled:
-            return False
-        zero = self.args.hf_deepspeed_config.config.get("zero_optimization", {})
-        return zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def require_same_layout(resume: Path, args: TrainingArguments) -> None:

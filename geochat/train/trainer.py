@@ -1,4 +1,4 @@
-"""transformers' Trainer with our loss, learning rates, order of samples and saves."""
+"""transformers' Trainer with our loss, learning rates and order of samples."""
 
 from __future__ import annotations
 
@@ -11,70 +11,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers.trainer_callback import ExportableState
 
 from geochat.data.encode import IGNORE_INDEX
 from geochat.model.dora import dora_layers
 from geochat.model.vision import freeze_tower
 from geochat.train.arguments import TrainingArguments
 from geochat.train.curves import VALIDATION, append_row
-from geochat.train.data_record import Record, write_record
+from geochat.train.data_record import Record
 from geochat.train.dataset import BadSampleError
+from geochat.train.hooks import DummyImage, SupervisedRows
 from geochat.train.mixture import Mixture
 from geochat.train.norms import StepNorms
 from geochat.train.packing import attention_mask, nothing
-from geochat.train.recipe import parameter_groups
+from geochat.train.recipe import offloads, parameter_groups
 from geochat.train.sampler import EpochSampler
-from geochat.train.saving import RunSaver, checkpoints, explained
+from geochat.train.saving import LossError, RunSaver, checkpoints
 from geochat.train.sharded import ShardedTrainer
 from geochat.train.validation import Validation, undisturbed
-
-
-class LossError(RuntimeError):
-    """The loss or the weights are no numbers any more; the message names the samples of the batch."""
-
-
-class SupervisedRows:
-    """Lets the output layer see only the positions that have a target.
-
-    A pre-hook on the layer itself, so that it acts inside DDP, DeepSpeed and PEFT wrappers alike. With 1 296 image
-    tokens and short answers nine in ten logits would be computed to be thrown away.
-    """
-
-    def __init__(self, output_layer: nn.Module) -> None:
-        self.keep: torch.Tensor | None = None  # bool[batch, n]
-        output_layer.register_forward_pre_hook(self._select)
-
-    def _select(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self.keep is None:
-            return None
-        return (inputs[0][self.keep], *inputs[1:])  # [batch, n, hidden] → [supervised, hidden]
-
-
-class DummyImage:
-    """Sends a zero-weighted image through tower and projector when a batch has none.
-
-    Otherwise ranks with and without images disagree on which parameters take part, and DDP and ZeRO-3 wait for
-    ever. The pre-hook sits on the language model: the same place in the order of modules as for a real image.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.active = False
-        self.model = model.model
-        size = model.config.vision_config.image_size
-        self.shape = (1, model.config.vision_config.num_channels, size, size)
-        self.model.language_model.register_forward_pre_hook(self._add, with_kwargs=True)
-
-    def _add(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if not self.active:
-            return None
-        embeds = kwargs["inputs_embeds"]
-        pixels = torch.zeros(self.shape, device=embeds.device, dtype=embeds.dtype)
-        features = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-        return args, {
-            **kwargs,
-            "inputs_embeds": embeds + 0.0 * torch.cat(list(features)).sum().to(embeds.dtype),
-        }
 
 
 class Trainer(ShardedTrainer):
@@ -101,9 +54,8 @@ class Trainer(ShardedTrainer):
             freeze_tower(base)
         args: TrainingArguments = kwargs["args"]
         if args.compile_options:
-            for (
-                layer
-            ) in base.model.language_model.layers:  # few graphs serve all; parameters keep their names
+            # Few graphs serve all layers; parameters keep their names.
+            for layer in base.model.language_model.layers:
                 layer.compile(**args.compile_options)
         self.rows = SupervisedRows(base.lm_head)
         self.dummy = DummyImage(base)
@@ -290,61 +242,9 @@ class Trainer(ShardedTrainer):
             decayed = set(self.get_decay_parameter_names(model))
             groups = parameter_groups(model, self.args, decayed)
             optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if self._optimizer_is_offloaded():
+            if offloads(self.args, "optimizer"):
                 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
                 optimizer, settings = DeepSpeedCPUAdam, {k: v for k, v in settings.items() if k != "fused"}
             self.optimizer = optimizer(groups, **settings)
         return self.optimizer
-
-    # ---- saves ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """A complete loadable folder plus trainer state, under a temporary name until everything is written.
-
-        Raises: SaveError; the earlier checkpoints are then as they were.
-        """
-        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
-        with explained(run, name):
-            staging = self.saver.open_staging(run, name, owner=self.args.should_save)
-            self._barrier()
-            self.save_model(str(staging), _internal_call=True)
-            self._save_trainer_state(staging)
-            self._barrier()
-            if self.args.should_save:
-                self.saver.publish(staging, run / name)
-                self.saver.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self._barrier()
-
-    def _save_trainer_state(self, staging: Path) -> None:
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(str(staging))
-            self._save_scaler(str(staging))
-            self._save_rng_state(str(staging))
-        if self.args.should_save:
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-            if self.data_record is not None:
-                write_record(staging, self.data_record)
-
-    def _load_best_model(self) -> None:
-        self.saver.restore(Path(self.state.best_model_checkpoint))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The loadable part alone: adapter, projector or canonical folder. Collective under DeepSpeed."""
-        gathered = self._gather_weights() if self._is_sharded() else None
-        if self.args.should_save:
-            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            weights = {name: (gathered or trained).get(name, p) for name, p in trained.items()}
-            broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-            if broken:  # gradients that are no numbers come after a loss that is one
-                raise LossError(f"{len(broken)} tensors are no numbers any more, {broken[0]} for one")
-            self.saver.save(Path(output_dir or self.args.output_dir), gathered)
-
-    def _barrier(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()

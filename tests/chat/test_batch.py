@@ -78,6 +78,51 @@ def test_rows_join_and_leave_between_tokens(chat: Chat, requests: list[Request],
         assert (len(row.ids) == len(expected)) == (row in ended)
 
 
+def test_a_broken_row_leaves_nothing_behind(
+    chat: Chat, requests: list[Request], generated: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys and values are no numbers; the row that takes its place has them behind its mask."""
+    batch = Chat(chat.model, chat.processor).batch()
+    # The second has many tokens of its own; the last, which comes later, hardly any: it was asked before.
+    asked = [requests[i] for i in (1, 4, 0, 1)]
+    rows = [chat.row(request, Settings(NEW)) for request in asked]
+    embed = module.Batch._embed
+
+    def breaking(batch, of, parts):
+        embeds = embed(batch, of, parts)
+        for i, row in enumerate(of):
+            if row is rows[2] and len(row.ids) == 2:
+                embeds[i] = float("nan")
+        return embeds
+
+    monkeypatch.setattr(module.Batch, "_embed", breaking)
+    batch.admit(rows[:3])
+    while rows[2].error is None:
+        batch.step()
+    batch.admit(rows[3:])
+    while batch.rows:
+        batch.step()
+    for i in (0, 1, 3):
+        assert tuple(rows[i].ids) == generated(chat, asked[i], NEW)
+
+
+def test_what_waits_is_looked_through_when_some_of_it_comes_in(
+    chat: Chat, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at every token."""
+    taken: list[int] = []
+    admit = module.Batch.admit
+
+    def counted(batch, rows, coming=()):
+        taken.append(len(rows))
+        return admit(batch, rows, coming)
+
+    monkeypatch.setattr(module.Batch, "admit", counted)
+    Chat(chat.model, chat.processor).answer(requests, max_new_tokens=NEW, token_budget=400)
+    assert min(taken) > 0
+    assert sum(taken) == len(requests)
+
+
 @pytest.fixture
 def computed(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens that the language model computed, pass by pass, padding included."""

@@ -7,14 +7,9 @@ import base64
 import http.server
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -271,35 +266,13 @@ def test_options(serve, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("GEOCHAT_ALL_TESTS"), reason="starts a server: set GEOCHAT_ALL_TESTS=1"
-)
-def test_answers_of_transformers_serve_are_ours(requests: list[Request]) -> None:
+def test_answers_of_transformers_serve_are_ours(
+    transformers_serve: Callable[[Path], str], requests: list[Request]
+) -> None:
     """A real server, on another path through transformers: its processor, its template, its `generate`."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(NANO)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        chat = None
-        for _ in range(240):
-            try:
-                chat = RemoteChat(f"http://127.0.0.1:{port}/v1", str(NANO), retries=0)
-                chat.answer([Request.ask("a")], max_new_tokens=1)
-                break
-            except (ValueError, ConnectionError):
-                assert process.poll() is None, "the server has ended"
-                time.sleep(0.5)
-        assert chat is not None
-        expected = Chat.load(NANO, device="cpu").answer(requests, max_new_tokens=10)
-        found = chat.answer(requests, max_new_tokens=10, batch_size=2)
-        assert [answer.text for answer in found] == [answer.text for answer in expected]
-        for request, answer in zip(requests[:3], expected, strict=False):
-            assert "".join(chat.stream(request, max_new_tokens=10)) == answer.text
-    finally:
-        process.terminate()
-        process.wait(10)
+    chat = RemoteChat(transformers_serve(NANO), str(NANO))
+    expected = Chat.load(NANO, device="cpu").answer(requests, max_new_tokens=10)
+    found = chat.answer(requests, max_new_tokens=10, batch_size=2)
+    assert [answer.text for answer in found] == [answer.text for answer in expected]
+    for request, answer in zip(requests[:3], expected, strict=False):
+        assert "".join(chat.stream(request, max_new_tokens=10)) == answer.text

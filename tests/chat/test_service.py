@@ -153,6 +153,22 @@ def test_a_step_that_fails_costs_the_last_to_come(
     assert len(texts) >= 2
 
 
+def test_an_answer_stands_though_its_conversation_cannot_be_kept(
+    chat: Chat, service: Service, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(batch, row, place):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Batch, "_whole", full)
+    texts = ["".join(service.submit(requests[1], max_new_tokens=NEW))]
+    cancelled = service.submit(requests[0], max_new_tokens=2000)
+    next(iter(cancelled))
+    cancelled.cancel()
+    list(cancelled)
+    texts.append("".join(service.submit(requests[2], max_new_tokens=NEW)))
+    assert texts == [answer.text for answer in chat.answer(requests[1:3], max_new_tokens=NEW)]
+
+
 def test_refusals(service: Service, requests: list[Request], gate: threading.Event) -> None:
     with pytest.raises(ValueError, match="0 <image> in the text for 1 images"):
         service.submit(Request(("x.png",), Request.ask("a").turns))

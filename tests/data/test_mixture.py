@@ -100,7 +100,7 @@ def test_rows_are_drawn_as_often_as_the_weight_says(rows: int, weight: float, se
     assert np.array_equal(drawn, source.draw(numbers, np.random.default_rng(seed)))
 
 
-def test_the_linter_reads_a_mixture(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_linter_reads_a_mixture(files: Path, capsys: pytest.CaptureFixture[str], refused) -> None:
     (files / "mixture.yaml").write_text(
         "- {path: a.json, image_folder: x}\n- {path: b.jsonl, image_folder: y, weight: 2, name: twice}\n"
     )
@@ -110,3 +110,7 @@ def test_the_linter_reads_a_mixture(files: Path, capsys: pytest.CaptureFixture[s
     assert "a.json: 4 rows, 4 with problems" in said
     assert "twice: 4 samples of 2 rows, weight 2, 50.0% of all" in said
     assert [part["rows"] for part in json.loads(report.read_text())["datasets"]] == [4, 2]
+    (files / "y").rmdir()
+    said = refused(verify, [str(files / "mixture.yaml"), "--quiet"])
+    assert "entry 2, " in said
+    assert "y: no such folder" in said

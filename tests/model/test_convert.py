@@ -392,6 +392,11 @@ def test_xtuner_checkpoint_that_deepspeed_split(assets: Path, tmp_path: Path, co
     assert same(open_model(tmp_path / "x")[1], converted, torch.float32)
 
 
+def test_a_tower_that_is_not_needed_need_not_be_there(tiny_model: Path, tmp_path: Path, convert) -> None:
+    arguments = ["--source", str(tiny_model), "--target", str(tmp_path / "x"), "--vision-tower", "moved away"]
+    assert convert(arguments) == 0
+
+
 def test_the_key_of_a_stopped_conversion_knows_every_part(assets: Path, tmp_path: Path) -> None:
     """XTuner's adapters lie in folders of their own, and the tensors they change are named after the base's files."""
     folder, base = tmp_path / "converted", assets / "golden/llava_tiny"

@@ -15,19 +15,9 @@ from geochat.model.build import build_model
 from geochat.model.dora import dora_layers, use_held_norms
 from geochat.model.lora import use_fewer_passes
 from geochat.train.norms import StepNorms
+from tests.model.block import Block, results
 
 IDS = torch.tensor([[1, *[513] * 36, *range(5, 25)]])
-
-
-class Block(nn.Module):
-    """Two linear layers, one with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(24, 40), nn.Linear(40, 16, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.outer(torch.tanh(self.inner(x)))
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -49,16 +39,6 @@ def pair(dropout: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
     use_fewer_passes(ours)
     use_held_norms(ours)
     return theirs, ours
-
-
-def results(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    x = x.clone().requires_grad_()
-    y = model(x)
-    y.float().pow(2).mean().backward()
-    found = {"output": y.detach(), "input": x.grad}
-    found |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -10,17 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from geochat.model.lora import use_fewer_passes
-
-
-class Block(nn.Module):
-    """Two linear layers, one with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(24, 40), nn.Linear(40, 16, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.outer(torch.tanh(self.inner(x)))
+from tests.model.block import Block, results
 
 
 def pair(dropout: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -34,15 +24,6 @@ def pair(dropout: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Module,
     ours = deepcopy(theirs)
     use_fewer_passes(ours)
     return theirs, ours
-
-
-def results(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)  # the same dropout
-    x = x.clone().requires_grad_()
-    y = model(x)
-    y.float().pow(2).mean().backward()
-    found = {"output": y.detach(), "input": x.grad}
-    return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 24), (7, 24)], ids=["rows", "no rows"])

@@ -14,7 +14,7 @@ from geochat.data.sample import Sample, Turn
 from geochat.model.build import read_parts
 from geochat.model.processor import Processor
 
-SIZES = [(84, 84), (50, 90), (91, 50), (300, 199), (1, 7), (500, 20)]
+SIZES = [(84, 84), (50, 90), (91, 50), (300, 199), (1, 7), (500, 20), (391, 3)]
 
 
 @pytest.fixture

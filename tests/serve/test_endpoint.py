@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("openai")
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
 
 from openai import OpenAI
 
@@ -27,35 +18,13 @@ from geochat.chat.engine import Chat, Request
 from geochat.data.rows import read_rows
 from geochat.serve import cli
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not os.environ.get("GEOCHAT_ALL_TESTS"), reason="starts a server: set GEOCHAT_ALL_TESTS=1"
-    ),
-]
+pytestmark = pytest.mark.slow
 QUESTIONS = ("What is this?", "And what else?")
 
 
 @pytest.fixture(scope="module")
-def endpoint(tiny_model: Path) -> Iterator[str]:
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny_model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None, "the server has ended"
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(20)
+def endpoint(transformers_serve: Callable[[Path], str], tiny_model: Path) -> str:
+    return transformers_serve(tiny_model)
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from geochat.train.arguments import accumulation_for, parse_arguments
+from geochat.train.batch_size import accumulation_for
+from geochat.train.command_line import parse_arguments
 from geochat.train.legacy import translate_legacy
 
 NEEDED = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]

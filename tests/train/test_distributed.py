@@ -50,18 +50,25 @@ def test_two_processes_and_a_resume_on_one_take_the_same_steps(
 
 
 @pytest.mark.slow
+def test_what_both_processes_cannot_use_is_said_once(flags, start, finish, torchrun, tmp_path: Path) -> None:
+    output = finish(start([*flags, "--bits", "5", "--output_dir", str(tmp_path)], torchrun), expected=1)
+    assert output.count("error: --bits 5: choose 4, 8 or 16") == 1
+
+
+@pytest.mark.slow
 def test_fsdp_computes_in_parts(flags, start, finish, torchrun, tmp_path: Path) -> None:
     """The processes have different numbers of parts; DoRA finds its norms while a block is whole."""
-    run = [
-        *flags,
-        "--max_tokens_per_micro_batch",
-        "100",
-        "--share_image_prefix",
-        "True",
+    run = [*flags, "--max_tokens_per_micro_batch", "100", "--share_image_prefix", "True"]
+    run += [
         "--use_dora",
         "True",
+        "--lora_dropout",
+        "0",
+        "--num_train_epochs",
+        "2",
+        "--global_batch_size",
+        "4",
     ]
-    run += ["--lora_dropout", "0", "--num_train_epochs", "2", "--global_batch_size", "4"]
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start([*run, "--output_dir", str(one)]))
     finish(start([*run, "--fsdp", "True", "--output_dir", str(two)], torchrun))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from geochat.train.arguments import parse_arguments
+from geochat.train.command_line import parse_arguments
 from geochat.train.presets import PRESETS
 
 COMMON = """--mm_projector_type mlp2x_gelu --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True

@@ -182,19 +182,8 @@ def test_a_plan_counts_each_dataset(flags, mixture: Path, tmp_path: Path, capsys
     shares = plan["token_shares"]
     assert f"tokens of second  {shares['second']:.1%}" in said
     assert sum(shares.values()) == pytest.approx(1)
-    main(
-        [
-            *flags,
-            "--dry_run",
-            "True",
-            "--val_share",
-            "0.4",
-            "--eval_steps",
-            "5",
-            "--output_dir",
-            str(tmp_path),
-        ]
-    )
+    validated = ["--val_share", "0.4", "--eval_steps", "5", "--output_dir", str(tmp_path)]
+    main([*flags, "--dry_run", "True", *validated])
     assert "validation  " in capsys.readouterr().out
 
 

@@ -19,15 +19,16 @@ from geochat.model.build import build_model
 from geochat.model.vision import freeze_tower
 from geochat.train import arguments
 from geochat.train.activations import activations
-from geochat.train.arguments import parse_arguments
+from geochat.train.assemble import make_trainable
+from geochat.train.command_line import parse_arguments
 from geochat.train.flops import Load, ModelShape, Trained, tower_forward, work
 from geochat.train.gpus import GPUS, Sizing
+from geochat.train.hooks import SupervisedRows
 from geochat.train.memory import NF4_BYTES, Counts, Setting, states
 from geochat.train.plan import make_plan
 from geochat.train.plan_facts import Plan
 from geochat.train.recipe import unfreeze_tower
-from geochat.train.train import main, make_collator, make_trainable, prepare
-from geochat.train.trainer import SupervisedRows
+from geochat.train.train import main, prepare
 from geochat.train.workload import Layout
 
 VICUNA = {
@@ -56,7 +57,7 @@ def shape_of_7b() -> ModelShape:
 
 def planned(argv: list[str], tmp_path: Path) -> Plan:
     argv = [*argv, "--dry_run", "True", "--output_dir", str(tmp_path / "never")]
-    return make_plan(parse_arguments(argv), make_trainable, make_collator)
+    return make_plan(parse_arguments(argv))
 
 
 # ---- operations ----

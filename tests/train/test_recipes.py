@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from geochat.model.build import build_model
 from geochat.model.checkpoint import load, save_model
 from geochat.serve import cli
-from geochat.train.arguments import parse_arguments
-from geochat.train.train import load_base, make_trainable
+from geochat.train.assemble import load_base, make_trainable
+from geochat.train.command_line import parse_arguments
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 EVERYTHING = bool(os.environ.get("GEOCHAT_ALL_TESTS"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from geochat.train import recompute
-from geochat.train.arguments import parse_arguments
+from geochat.train.command_line import parse_arguments
 from geochat.train.train import main, prepare
 
 AUTO = ["--gradient_checkpointing", "auto"]

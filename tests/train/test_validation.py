@@ -84,16 +84,8 @@ def test_what_a_validation_leaves(flags, more, tmp_path: Path) -> None:
 
     rows[-1]["step"] = 99  # as if the killed run had gone on
     write_rows(watched / "validation.jsonl", rows)
-    main(
-        [
-            *flags,
-            *more,
-            "--output_dir",
-            str(watched),
-            "--resume_from_checkpoint",
-            str(watched / "checkpoint-3"),
-        ]
-    )
+    resumed = ["--resume_from_checkpoint", str(watched / "checkpoint-3")]
+    main([*flags, *more, "--output_dir", str(watched), *resumed])
     assert [row["step"] for row in read_rows(watched / "validation.jsonl")] == [3, 6]
     assert (plain / WEIGHTS).read_bytes() == (watched / WEIGHTS).read_bytes()
 
@@ -105,14 +97,8 @@ def test_scores_alone_in_bfloat16_and_the_best_model(
     monkeypatch.setattr(arguments, "BF16_ON_CPU", True)
     run = [*flags, "--max_steps", "2", "--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1"]
     run += ["--eval_benchmark", str(benchmark), "--eval_benchmark_limit", "2", "--lora_enable", lora]
-    run += [
-        "--load_best_model_at_end",
-        "True",
-        "--metric_for_best_model",
-        "tiny_accuracy",
-        "--eval_on_start",
-        "True",
-    ]
+    run += ["--load_best_model_at_end", "True", "--metric_for_best_model", "tiny_accuracy"]
+    run += ["--eval_on_start", "True"]
     main([*run, "--output_dir", str(tmp_path / "run")])
     rows = read_rows(tmp_path / "run/validation.jsonl")
     assert [(row["step"], *row["scores"]) for row in rows] == [(step, "tiny_accuracy") for step in (0, 1, 2)]
@@ -124,19 +110,8 @@ def test_scores_alone_in_bfloat16_and_the_best_model(
 
 
 def test_a_share_is_held_out_and_named(flags, tmp_path: Path, capsys) -> None:
-    run = [
-        *flags,
-        "--val_share",
-        "0.3",
-        "--eval_steps",
-        "3",
-        "--eval_dialogues",
-        "1",
-        "--max_steps",
-        "3",
-        "--save_strategy",
-        "no",
-    ]
+    run = [*flags, "--val_share", "0.3", "--eval_steps", "3", "--eval_dialogues", "1"]
+    run += ["--max_steps", "3", "--save_strategy", "no"]
     main([*run, "--output_dir", str(tmp_path / "run")])
     said = capsys.readouterr().out
     held_out = int(said.split("validation  ")[1].split(" ")[0])
@@ -226,24 +201,12 @@ def test_zero3_validates_the_loss_and_refuses_to_ask(
     flags, more, benchmark: Path, tiny_records, start, finish, torchrun, tmp_path: Path
 ) -> None:
     """Parts of 100 tokens: the two processes have different numbers of them at evaluations too."""
-    flags += [
-        "--max_steps",
-        "4",
-        "--deepspeed",
-        str(SCRIPTS / "zero3.json"),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
+    flags += ["--max_steps", "4", "--deepspeed", str(SCRIPTS / "zero3.json")]
+    flags += ["--output_dir", str(tmp_path / "run")]
     output = finish(start([*flags, *more], torchrun), expected=1)
     assert "--eval_benchmark asks one process" in output
-    flags += [
-        "--max_tokens_per_micro_batch",
-        "100",
-        "--eval_data_path",
-        str(tiny_records.file),
-        "--eval_steps",
-        "2",
-    ]
+    flags += ["--max_tokens_per_micro_batch", "100", "--eval_steps", "2"]
+    flags += ["--eval_data_path", str(tiny_records.file)]
     assert "no dialogues at evaluations" in finish(start(flags, torchrun))
     rows = read_rows(tmp_path / "run/validation.jsonl")
     assert [row["step"] for row in rows] == [2, 4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from geochat.data import tiles
 from geochat.data.geometry import area, clip, convex_hull
 from geochat.data.prepare.objects import LabelledObject, Picture
 
@@ -19,10 +20,7 @@ def starts(length: int, window: int, overlap: int) -> list[int]:
     """
     if not 0 <= overlap < window:
         raise ValueError(f"--overlap {overlap}: must be at least 0 and less than the window of {window}")
-    if length <= window:
-        return [0]
-    step = window - overlap
-    return [*range(0, length - window, step), length - window]
+    return tiles.starts(length, window, window - overlap)
 
 
 def windows(width: int, height: int, window: int, overlap: int) -> Iterator[Rectangle]:
