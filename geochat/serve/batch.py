@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -13,23 +14,22 @@ from geochat.chat.engine import Chat
 from geochat.chat.remote import RemoteChat
 from geochat.chat.request import Picture, Request
 from geochat.data.rows import Row, open_rows, read_rows, row_line, write_rows
+from geochat.data.tiles import Detection
 
 ANSWERS, PARTIAL = "answers.jsonl", "answers.partial.jsonl"
 _AT_ONCE = 32
 
 
-class Item(Protocol):
+@dataclass(frozen=True)
+class Item:
     """A picture to ask about."""
 
-    @property
-    def name(self) -> str:
-        """Names its row; no two are equal."""
-
-    def picture(self) -> Picture:
-        """Raises ValueError when it cannot be read."""
-
-    def finish(self, text: str) -> Row:
-        """What stands in the row beside the answer; may write files. Raises ValueError when it cannot."""
+    name: str
+    """Names its row; no two are equal."""
+    picture: Callable[[], Picture]
+    """Raises ValueError when it cannot be read."""
+    finish: Callable[[str], Row]
+    """Answer → what stands in the row beside it; may write files. Raises ValueError when it cannot."""
 
 
 def ask_all(
@@ -66,6 +66,11 @@ def ask_all(
     write_rows(folder / ANSWERS, rows)
     unfinished.unlink()
     return rows
+
+
+def box_rows(found: Iterable[Detection]) -> list[Row]:
+    """Boxes as they stand in a row: phrase and corners."""
+    return [{"phrase": one.phrase, "polygon": one.polygon.round(2).tolist()} for one in found]
 
 
 def _ask(

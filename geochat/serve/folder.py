@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,9 @@ from geochat.data.boxes import parse_regions
 from geochat.data.draw import draw_regions
 from geochat.data.images import open_image
 from geochat.data.rows import Row
-from geochat.serve.batch import ask_all
+from geochat.data.tiles import Tile, detections
+from geochat.serve.batch import Item, ask_all, box_rows
 from geochat.serve.pictures import save_picture
-
-
-@dataclass(frozen=True)
-class PictureFile:
-    """A file, and the folder that its drawing goes into."""
-
-    file: Path
-    output: Path
-
-    @property
-    def name(self) -> str:
-        return self.file.name
-
-    def picture(self) -> Path:
-        return self.file
-
-    def finish(self, text: str) -> Row:
-        image, regions = open_image(self.file), parse_regions(text)
-        save_picture(draw_regions(image, regions), self.output / f"{self.name}.png")
-        boxes = [
-            {"phrase": region.phrase, "polygon": box.polygon(*image.size).round(2).tolist()}
-            for region in regions
-            for box in region.boxes
-        ]
-        return {"width": image.width, "height": image.height, "boxes": boxes}
 
 
 def answer_pictures(
@@ -51,5 +27,14 @@ def answer_pictures(
     decoding: dict[str, Any],
 ) -> int:
     """Answers in `output`/answers.jsonl and a drawing per picture, NAME.png. Returns how many failed."""
-    rows = ask_all(chat, [PictureFile(file, output) for file in files], query, output, settings, decoding)
+    items = [Item(file.name, partial(Path, file), partial(draw_answer, file, output)) for file in files]
+    rows = ask_all(chat, items, query, output, settings, decoding)
     return sum(row["error"] is not None for row in rows)
+
+
+def draw_answer(file: Path, output: Path, text: str) -> Row:
+    """Write the drawing of one picture. Returns what its row says of the boxes. ValueError when it cannot be written."""
+    image = open_image(file)
+    save_picture(draw_regions(image, parse_regions(text)), output / f"{file.name}.png")
+    found = detections(text, Tile(0, 0, *image.size), *image.size)
+    return {"width": image.width, "height": image.height, "boxes": box_rows(found)}

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ AT_AN_ENDPOINT = 16
 
 THREADS = 256
 """Every question that waits or is being answered holds one."""
+
+LAST_WORDS = 0.5
+"""Seconds at the end for what is said to those whose answers are cut off; then no page waits for more."""
 
 SCENES = {"harbour": 0, "airport": 1, "sports ground": 2, "residential area": 3, "parking lot": 4}
 """Example scenes, each with the number of its seed. No training set can hold them."""
@@ -66,6 +70,7 @@ def launch(
 
     from geochat.serve.web_guard import Guard, fetch_nothing
     from geochat.serve.web_page import Page
+    from geochat.serve.web_style import CSS, PASTE, THEME
 
     fetch_nothing()
     page = Page(Sessions(folder / "sessions"), service, draw_scenes(folder / "scenes"), model)
@@ -76,6 +81,9 @@ def launch(
         auth=auth,
         share=False,
         inline=False,
+        theme=THEME,
+        css=CSS,
+        js=PASTE,
         quiet=True,
         prevent_thread_lock=True,
         show_error=False,
@@ -105,15 +113,22 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises ValueError, OSError or ImportError with the reason when it cannot start."""
     import gradio  # noqa: F401  # missing, it is told before a large model is read
 
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: sys.exit(0))  # so that the folder is deleted after both
     chat = load_chat(arguments)
     remote = isinstance(chat, RemoteChat)
     service: Any = Streams(chat, AT_AN_ENDPOINT) if remote else Service(chat)
-    name = arguments.endpoint or arguments.model_path.resolve().name
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted then, too
+    name = Path(chat.model if remote else arguments.model_path.resolve()).name
     with tempfile.TemporaryDirectory(prefix="geochat-demo-") as folder:
-        blocks = launch(service, Path(folder), arguments.host, arguments.port, arguments.auth, name)
-        print(f"geochat with {name}: {blocks.local_url} (Ctrl-C ends it)", flush=True)
-        blocks.block_thread()
+        port = arguments.port or None
+        blocks = launch(service, Path(folder), arguments.host, port, arguments.auth, name)
+        try:
+            print(f"geochat with {name}: {blocks.local_url} (Ctrl-C ends it)", flush=True)
+            blocks.block_thread()
+        finally:  # before the folder goes: an answer that is being written would put it back
+            service.close()
+            time.sleep(LAST_WORDS)
+            blocks.close(verbose=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_model_arguments(parser, default=NANO)
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
-    parser.add_argument("--port", type=number(0, 65535, whole=True), default=7860)
+    parser.add_argument(
+        "--port", type=number(0, 65535, whole=True), default=7860, help="default 7860; 0 takes a free one"
+    )
     parser.add_argument("--auth", type=user_and_password, help="user:password that the page asks for")
     arguments = parser.parse_args(argv)
     try:

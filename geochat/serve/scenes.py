@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,12 @@ from geochat.data.geojson import feature_collection, polygon_feature
 from geochat.data.rows import Row
 from geochat.data.staged import staged
 from geochat.data.tiles import Detection, Tile, detections, merge, tile_scene
-from geochat.serve.batch import ask_all
+from geochat.serve.batch import Item, ask_all, box_rows
 from geochat.serve.pictures import save_picture
 from geochat.serve.raster import Crs, Scene, open_scene
 
 GEOJSON, OVERVIEW = "boxes.geojson", "overview.png"
 _LABELS = 25  # more would cover the overview
-
-
-@dataclass(frozen=True)
-class SceneTile:
-    scene: Scene
-    tile: Tile
-
-    @property
-    def name(self) -> str:
-        return self.tile.name
-
-    def picture(self) -> Image.Image:
-        return self.scene.read(self.tile)
-
-    def detections(self, text: str) -> list[Detection]:
-        return detections(text, self.tile, self.scene.width, self.scene.height)
-
-    def finish(self, text: str) -> Row:
-        found = self.detections(text)
-        return {"boxes": [{"phrase": one.phrase, "polygon": one.polygon.round(2).tolist()} for one in found]}
 
 
 @dataclass(frozen=True)
@@ -76,12 +57,19 @@ def detect(
     Tiles are squares of `side` pixels whose neighbours share `overlap` of their side. Raises ValueError.
     """
     with open_scene(path) as scene:
-        tiles = [SceneTile(scene, tile) for tile in tile_scene(scene.width, scene.height, side, overlap)]
-        settings = {"scene": str(path), **settings}
-        rows = ask_all(chat, tiles, query, output, settings, decoding)
+
+        def found(tile: Tile, text: str) -> list[Detection]:
+            return detections(text, tile, scene.width, scene.height)
+
+        def boxes(tile: Tile, text: str) -> Row:
+            return {"boxes": box_rows(found(tile, text))}
+
+        tiles = tile_scene(scene.width, scene.height, side, overlap)
+        items = [Item(tile.name, partial(scene.read, tile), partial(boxes, tile)) for tile in tiles]
+        rows = ask_all(chat, items, query, output, {"scene": str(path), **settings}, decoding)
         failures = sum(row["error"] is not None for row in rows)
         answered = [(tile, row["text"]) for tile, row in zip(tiles, rows, strict=True) if row["text"]]
-        objects = merge(one for tile, text in answered for one in tile.detections(text))
+        objects = merge(one for tile, text in answered for one in found(tile, text))
         collection = as_geojson(scene, objects, crs)
         with staged(output / GEOJSON) as temporary:
             temporary.write_text(json.dumps(collection, ensure_ascii=False) + "\n", encoding="utf-8")

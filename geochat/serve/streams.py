@@ -25,6 +25,11 @@ class Streams:
             self.line.append(Stream(self, request, options))
             return self.line[-1]
 
+    def close(self) -> None:
+        """End what waits and what is being answered."""
+        for stream in list(self.line):
+            stream.cancel()
+
 
 class Stream:
     """One question: iterate over it once for the answer, piece by piece."""
@@ -36,8 +41,9 @@ class Stream:
     @property
     def position(self) -> int:
         """0: its turn has come; n: n-th of those that wait."""
-        line = self._streams.line
-        return max(0, line.index(self) + 1 - self._streams.at_once) if self in line else 0
+        with self._streams.moved:
+            line = self._streams.line
+            return max(0, line.index(self) + 1 - self._streams.at_once) if self in line else 0
 
     def cancel(self) -> None:
         """Leave the line, or end the answer at its next piece."""

@@ -20,6 +20,13 @@ log = logging.getLogger(__name__)
 Changes = dict[Any, Any]
 """New values of the page's parts."""
 
+BUTTONS: Any = (
+    ("Send", "primary", "send"),
+    ("Stop", "stop", "stop"),
+    ("Regenerate", "secondary", "again"),
+    ("Clear", "secondary", "clear"),
+)
+
 
 class Page:
     """The layout. `blocks` is what Gradio serves."""
@@ -33,7 +40,7 @@ class Page:
             title="geochat", analytics_enabled=False, delete_cache=(60, 3600), fill_width=True
         ) as self.blocks:
             gr.Markdown(f"## geochat · {model}")
-            with gr.Row():
+            with gr.Row(elem_id="page"):
                 with gr.Column(min_width=320):
                     self._lay_out_picture()
                 with gr.Column(min_width=320):
@@ -49,38 +56,44 @@ class Page:
             type="filepath",
             sources=["upload", "clipboard"],
             buttons=["fullscreen"],
+            placeholder="Drop, paste or choose a picture",
             elem_id="picture",
         )
         self.pieces = gr.HighlightedText(
             label="Answer",
             color_map={str(n + 1): "#{:02x}{:02x}{:02x}".format(*colour(n)) for n in range(COLOURS)},
+            show_label=False,
             show_inline_category=False,
             elem_id="pieces",
         )
+        self.gallery = gr.Gallery(
+            [(str(file), caption) for file, caption in self.scenes],
+            label="Example scenes",
+            show_label=False,
+            columns=len(self.scenes),
+            object_fit="cover",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="scenes",
+        )
+        download: Any = {"size": "md", "min_width": 120, "interactive": False}
         with gr.Row():
-            self.png = gr.DownloadButton("PNG", interactive=False, elem_id="png")
-            self.geojson = gr.DownloadButton("GeoJSON", interactive=False, elem_id="geojson")
+            self.png = gr.DownloadButton("PNG", **download, elem_id="png")
+            self.geojson = gr.DownloadButton("GeoJSON", **download, elem_id="geojson")
         with gr.Row():
             self.angle = gr.Slider(
                 -90,
                 90,
                 0,
                 step=1,
-                label="Two taps on the picture draw your box; turn it, degrees",
+                label="Turn your box, degrees",
+                info="Two taps on the picture draw it.",
+                scale=3,
+                min_width=240,
                 elem_id="angle",
             )
-            self.unbox = gr.Button("Remove your box", elem_id="unbox", min_width=120)
-        self.gallery = gr.Gallery(
-            [(str(file), caption) for file, caption in self.scenes],
-            label="Example scenes",
-            show_label=False,
-            columns=len(self.scenes),
-            height=150,
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            elem_id="scenes",
-        )
+            self.unbox = gr.Button("Remove your box", size="md", elem_id="unbox", min_width=120)
 
     def _lay_out_talk(self) -> None:
         self.chat = gr.Chatbot(
@@ -88,20 +101,35 @@ class Page:
             render_markdown=False,
             latex_delimiters=[],
             allow_tags=False,
-            buttons=["copy", "copy_all"],
+            buttons=["copy_all"],
+            placeholder="Show a picture, then ask about it.",
             elem_id="chat",
         )
         self.status = gr.Textbox(
-            label="Status", show_label=False, interactive=False, max_lines=1, elem_id="status"
+            label="Status",
+            show_label=False,
+            container=False,
+            interactive=False,
+            max_lines=3,
+            elem_id="status",
         )
-        with gr.Row():
+        with gr.Row(elem_id="tasks"):
             self.tasks = [gr.Button(task, size="sm", min_width=75) for task in TASKS]
-        self.question = gr.Textbox(label="Question", lines=1, max_lines=8, autofocus=True, elem_id="question")
-        with gr.Row():
-            self.send = gr.Button("Send", variant="primary", min_width=90, elem_id="send")
-            self.stop = gr.Button("Stop", variant="stop", min_width=90, elem_id="stop")
-            self.again = gr.Button("Regenerate", min_width=90, elem_id="again")
-            self.clear = gr.Button("Clear", min_width=90, elem_id="clear")
+        self.question = gr.Textbox(
+            label="Question",
+            show_label=False,
+            container=False,
+            placeholder="Ask about the picture; the buttons above write a question for you",
+            lines=1,
+            max_lines=8,
+            autofocus=True,
+            elem_id="question",
+        )
+        with gr.Row(elem_id="send-row"):
+            self.send, self.stop, self.again, self.clear = (
+                gr.Button(name, variant=variant, size="md", min_width=110, elem_id=elem_id)
+                for name, variant, elem_id in BUTTONS
+            )
         with gr.Accordion("Settings", open=False):
             self.settings = [
                 gr.Slider(1, 2048, 512, step=1, label="Most new tokens"),

@@ -69,6 +69,17 @@ def test_the_terminal(endpoint: str, tiny_model: Path, picture: Path, expected, 
     assert capsys.readouterr().out.splitlines() == expected
 
 
+def test_the_web_demo(endpoint: str, tiny_model: Path, picture: Path, expected, start) -> None:
+    gradio_client = pytest.importorskip("gradio_client", reason="gradio_client is not installed")
+    _, url = start("--endpoint", endpoint, "--endpoint-model", str(tiny_model))
+    client = gradio_client.Client(url, verbose=False)
+    client.predict(gradio_client.handle_file(str(picture)), api_name="/show")
+    for question, text in zip(QUESTIONS, expected, strict=True):
+        _, _, status, *_, geojson = client.predict(question, 8, 0, 1, api_name="/ask")
+        assert status == ""
+        assert json.loads(Path(geojson["value"]).read_text())["answer"] == text
+
+
 def test_folders_and_scenes(endpoint: str, tiny_model: Path, picture: Path, tmp_path: Path, expected) -> None:
     arguments = ["--endpoint", endpoint, "--endpoint-model", str(tiny_model), "--max-new-tokens", "8"]
     arguments += ["--prompt", QUESTIONS[0]]

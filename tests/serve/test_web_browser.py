@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -75,7 +76,7 @@ def screenshot(tmp_path: Path) -> Callable[[Page, str], None]:
 
     def take(page: Page, name: str) -> None:
         with Image.open(io.BytesIO(page.screenshot(full_page=True))) as whole:
-            whole.convert("RGB").quantize(128).save(folder / f"demo-{name}.png", optimize=True)
+            whole.convert("RGB").quantize(256).save(folder / f"demo-{name}.png", optimize=True)
 
     return take
 
@@ -122,6 +123,10 @@ def click_at(page: Page, x: float, y: float) -> None:
     page.mouse.click(box[0] + box[2] * x / 100, box[1] + box[3] * y / 100)
 
 
+def style(element: Any, name: str) -> str:
+    return element.evaluate("(element, name) => getComputedStyle(element)[name]", name)
+
+
 def shown(page: Page) -> Image.Image:
     source = page.locator("#picture img").get_attribute("src")
     return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
@@ -161,8 +166,8 @@ def test_upload_ask_stream_and_boxes_where_the_model_said(visit, demo, screensho
     spans = page.locator("#pieces .highlighted")
     assert [spans.nth(n).inner_text().strip() for n in range(spans.count())] == [r.phrase for r in regions]
     for number in range(spans.count()):
-        paint = spans.nth(number).evaluate("span => getComputedStyle(span).backgroundColor")
-        assert tuple(map(int, re.findall(r"\d+", paint)[:3])) == colour(number)
+        assert style(spans.nth(number), "backgroundColor") == "rgb({}, {}, {})".format(*colour(number))
+        assert (np.asarray(drawn) == colour(number)).all(axis=2).any()
         assert regions[number].phrase in said
     screenshot(page, "grounding")
 
@@ -243,6 +248,144 @@ def test_two_users_stop_clear_and_leave(visit, demo) -> None:
     while demo.service.counting and time.monotonic() < deadline:
         second.wait_for_timeout(100)
     assert demo.service.counting == 0
+
+
+def test_a_picture_is_pasted_by_button_and_by_keys(visit, demo, tmp_path) -> None:
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    second = tmp_path / "second.png"
+    with Image.open(demo.scene) as scene:
+        scene.crop((0, 0, 120, 80)).save(second)
+    copy(page, demo.scene)
+    page.get_by_role("button", name="Paste from clipboard").click()
+    expect(status(page)).to_have_value("168 × 168 pixels", timeout=PATIENCE)
+    copy(page, second)
+    page.press("#question textarea", "Control+v")
+    expect(status(page)).to_have_value("120 × 80 pixels", timeout=PATIENCE)
+    with Image.open(second) as picture:
+        expected = np.asarray(draw_regions(picture, []), float)
+    assert np.abs(np.asarray(shown(page), float) - expected).mean() < 2
+    page.evaluate("navigator.clipboard.writeText('How many?')")
+    page.press("#question textarea", "Control+v")
+    expect(page.locator("#question textarea")).to_have_value("How many?", timeout=PATIENCE)
+
+
+def copy(page: Page, picture: Path) -> None:
+    """Put a picture on the clipboard."""
+    page.evaluate(
+        """async (url) => {
+            const picture = await (await fetch(url)).blob();
+            await navigator.clipboard.write([new ClipboardItem({ "image/png": picture })]);
+        }""",
+        "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode(),
+    )
+
+
+def test_regenerate_asks_the_last_question_again(visit) -> None:
+    page = visit()
+    page.click("#again")
+    expect(status(page)).to_have_value("error: there is no answer yet", timeout=PATIENCE)
+    assert ask(page, "say: one") == "one"
+    page.fill("#question textarea", "count: on and on")
+    page.press("#question textarea", "Enter")
+    expect(answers(page).last).to_have_text(re.compile("0 1 2 3 4 5"), timeout=PATIENCE)
+    page.click("#stop")
+    expect(status(page)).to_have_value("", timeout=PATIENCE)
+    stopped = answers(page).last.inner_text().strip()
+    page.click("#again")
+    expect(answers(page).last).to_have_text(
+        re.compile(r"^\s*0( 1)?( 2)?\s*$"), timeout=PATIENCE
+    )  # from the start
+    expect(answers(page).last).to_have_text(re.compile(stopped), timeout=PATIENCE)
+    page.click("#stop")
+    expect(status(page)).to_have_value("", timeout=PATIENCE)
+    assert answers(page).count() == 2
+    assert answers(page).first.inner_text().strip() == "one"
+    questions = page.locator("#chat [data-testid=user]")
+    assert [text.strip() for text in questions.all_inner_texts()] == ["say: one", "count: on and on"]
+
+
+def test_a_conversation_by_keyboard_alone(visit) -> None:
+    page = visit()
+    press_on(page, "#scenes button", "Enter")
+    expect(status(page)).to_have_value("168 × 168 pixels", timeout=PATIENCE)
+    press_on(page, "#tasks button", "Space")
+    question = page.locator("#question textarea")
+    expect(question).to_have_value(re.compile("^Describe the image"), timeout=PATIENCE)
+    press_on(page, "#question textarea", "ControlOrMeta+a")
+    page.keyboard.type("say: first")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("second")
+    expect(question).to_have_value("say: first\nsecond")
+    page.keyboard.press("Enter")
+    expect(answers(page)).to_have_text(re.compile("first\\s+second"), timeout=PATIENCE)
+    expect(status(page)).to_have_value("", timeout=PATIENCE)
+    press_on(page, "#again", "Enter")
+    expect(status(page)).to_have_value("", timeout=PATIENCE)
+    expect(answers(page)).to_have_count(1)
+    press_on(page, "#clear", "Space")
+    expect(answers(page)).to_have_count(0, timeout=PATIENCE)
+
+
+def press_on(page: Page, selector: str, key: str) -> None:
+    """Walk with the Tab key to a part of the page, see that it shows where one is, and press a key on it."""
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+            break
+    focused = page.locator(":focus")
+    assert focused.evaluate("(element, selector) => element.matches(selector)", selector), selector
+    assert style(focused, "outlineStyle") != "none" or style(focused, "boxShadow") != "none"
+    page.keyboard.press(key)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read(visit, demo, screenshot, scheme: str) -> None:
+    page = visit(color_scheme=scheme)
+    assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
+    show(page, demo.scene)
+    ask(page, "say: <p>a ship</p> {<10><20><40><60>|<45>} at sea")
+    page.get_by_role("button", name="[identify]").click()
+    expect(status(page)).to_have_value(re.compile("draw a box first"), timeout=PATIENCE)
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)  # colours fade in
+    screenshot(page, scheme)
+    for selector in READ:
+        parts = page.locator(selector)
+        assert parts.count()
+        for n in range(parts.count()):
+            assert parts.nth(n).evaluate(CONTRAST) >= 4.5, f"{selector} {n}"
+
+
+READ = (
+    "#question textarea",
+    "#status textarea",
+    "#tasks button",
+    "#send-row button",
+    "#chat [data-testid=bot]",
+    "#chat [data-testid=user]",
+    "#pieces .highlighted",
+    "#unbox",
+    "#png",
+)
+CONTRAST = """element => {
+    const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+    const ground = (node) => {
+        for (; node; node = node.parentElement) {
+            const [r, g, b, alpha = 1] = parts(getComputedStyle(node).backgroundColor);
+            if (alpha === 1) return [r, g, b];
+            if (alpha !== 0) throw Error("half transparent: " + node.outerHTML.slice(0, 200));
+        }
+        return [255, 255, 255];
+    };
+    const luminance = (colour) => {
+        const [r, g, b] = colour.map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const [low, high] = [parts(getComputedStyle(element).color), ground(element)]
+        .map(colour => luminance(colour.slice(0, 3))).sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+}"""
+"""How far an element's text stands out from what is behind it, as WCAG measures it."""
 
 
 def test_what_the_model_says_is_text(visit, demo) -> None:

@@ -7,6 +7,7 @@ import gc
 import html
 import json
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ pytest.importorskip("gradio_client", reason="gradio_client is not installed")
 
 import gradio_client
 import httpx
+from PIL import Image, ImageOps
 
 from geochat.chat.engine import Request
 from geochat.data.synthetic import draw_scene
@@ -37,6 +39,7 @@ QUESTIONS = [
 class Said(NamedTuple):
     texts: list[str]
     status: str
+    picture: Path | None
     geojson: Path | None
 
 
@@ -53,10 +56,15 @@ class User:
         return self._said(self.client.predict(question, tokens, 0, 1, api_name="/ask"))
 
     def _said(self, result: tuple[Any, ...]) -> Said:
-        chat, _, status, *_, geojson = result
+        chat, _, status, picture, *_, geojson = result
         texts = [html.unescape("".join(part["text"] for part in message["content"])) for message in chat]
         value = geojson.get("value") if isinstance(geojson, dict) else geojson
-        return Said(texts, status, Path(value) if value and Path(value).is_file() else None)
+        return Said(
+            texts,
+            status,
+            Path(picture) if isinstance(picture, str) else None,
+            Path(value) if value and Path(value).is_file() else None,
+        )
 
     def answer(self, question: str) -> str:
         said = self.ask(question)
@@ -109,6 +117,15 @@ def test_users_at_the_same_time_get_their_own_answers(demo: Any, tmp_path: Path)
     assert told == [alone(demo, pictures[n], questions[n]) for n in range(users)]
 
 
+def test_who_waits_is_told_how_many_come_before(user: User) -> None:
+    answer = user.client.submit("wait: here it is", 100, 0, 1, api_name="/ask")
+    answer.result()
+    statuses = [user._said(output).status for output in answer.outputs()]
+    assert statuses[:2] == ["waiting, 2 before you", "waiting, 1 before you"]
+    assert statuses[-1] == ""
+    assert user._said(answer.result()).texts == ["wait: here it is", "here it is"]
+
+
 def test_an_error_ends_one_question_and_not_the_server(user: User, demo: Any) -> None:
     failing = User(demo.url)
     user.show(demo.scene)
@@ -140,14 +157,21 @@ def test_questions_of_any_characters_are_answered(user: User) -> None:
     assert len(said.texts) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>"])
-def test_files_that_are_no_pictures_get_one_line(user: User, tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "file.png"
-    file.write_bytes(content)
-    said = user.show(file)
-    assert said.status.startswith("error: file.png: ")
-    assert "\n" not in said.status
-    assert str(tmp_path) not in said.status
+def test_every_file_is_shown_or_refused_in_one_line(user: User, demo: Any, odd_pictures: Any) -> None:
+    for file in odd_pictures.shown:
+        said = user.show(file)
+        with Image.open(file) as stored:
+            assert said.status == "{} × {} pixels".format(*ImageOps.exif_transpose(stored).size), file.name
+        assert said.picture
+        with Image.open(said.picture) as drawn:
+            assert len(drawn.convert("L").getcolors(1 << 24)) > 20, file.name
+    for file in odd_pictures.refused:
+        said = user.show(file)
+        assert said.status.startswith(f"error: {file.name}: ")
+        assert "\n" not in said.status
+        assert str(demo.folder) not in said.status
+    user.show(demo.scene)
+    assert user.answer(QUESTIONS[1]) == alone(demo, demo.scene, QUESTIONS[1:2])[0]
 
 
 # -- what a browser must not get
@@ -178,6 +202,13 @@ def test_no_path_outside_and_no_address_is_read(demo: Any, path: str) -> None:
         answer = httpx.get(f"{demo.url}{route}{path}", follow_redirects=True)
         assert answer.status_code >= 400, f"{route}{path}"
         assert b"root:" not in answer.content
+
+
+def test_no_folder_is_listed(user: User, demo: Any) -> None:
+    """A file of a session is read by whoever knows its path, which nobody can guess."""
+    user.show(demo.scene)
+    for folder in (demo.folder, demo.folder / "sessions", *(demo.folder / "sessions").iterdir()):
+        assert httpx.get(f"{demo.url}/gradio_api/file={folder}").status_code >= 400
 
 
 def test_only_uploaded_files_are_taken_as_pictures(user: User) -> None:
@@ -244,14 +275,21 @@ def test_the_command_starts_nano_and_serves_it(
         def block_thread(self) -> None:
             pass
 
+        def close(self, verbose: bool) -> None:
+            started.append(("closed",))
+
     def launch(service: Any, folder: Path, *rest: Any) -> Blocks:
         started.append((folder.is_dir(), *rest))
-        service.close()
+        services.append(service)
         return Blocks()
 
+    services: list[Any] = []
     monkeypatch.setattr(gradio_web_server, "launch", launch)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's own stay
     assert gradio_web_server.main(["--device", "cpu", "--auth", "me:a:b"]) == 0
-    assert started == [(True, "127.0.0.1", 7860, ("me", "a:b"), "nano")]
+    assert started == [(True, "127.0.0.1", 7860, ("me", "a:b"), "nano"), ("closed",)]
+    with pytest.raises(ValueError, match="closed"):
+        services[0].submit(Request.ask("anyone?"))
     assert "http://127.0.0.1:7860/" in capsys.readouterr().out
 
 
@@ -259,6 +297,7 @@ def test_refusals_of_the_command_are_one_line(
     demo: Any, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     main = gradio_web_server.main
     assert "no checkpoint" in refused(main, ["--model-path", str(tmp_path)])
     port = demo.url.rsplit(":", 1)[1]
@@ -266,6 +305,36 @@ def test_refusals_of_the_command_are_one_line(
     for text in ("me", ":x", "me:"):
         with pytest.raises(argparse.ArgumentTypeError, match="user:password"):
             gradio_web_server.user_and_password(text)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        signal.SIGTERM,
+        pytest.param(
+            signal.SIGINT,
+            marks=pytest.mark.skipif(
+                not os.environ.get("GEOCHAT_ALL_TESTS"), reason="starts a server: set GEOCHAT_ALL_TESTS=1"
+            ),
+        ),
+    ],
+)
+def test_a_signal_ends_the_command_and_deletes_what_users_showed(
+    start: Callable[..., Any], demo: Any, tmp_path: Path, ending: signal.Signals
+) -> None:
+    process, url = start("--device", "cpu")
+    user = User(url)
+    user.show(demo.scene)
+    assert list((tmp_path / "tmp").glob("geochat-demo-*/sessions/*/picture"))
+    answer = user.client.submit("[grounding] Describe the image in detail.", 2048, 2, 1, api_name="/ask")
+    while not answer.outputs():  # it is being written
+        answer.done() and pytest.fail("the answer was complete too soon")
+        threading.Event().wait(0.01)
+    process.send_signal(ending)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "")
+    assert "Traceback" not in errors
+    assert list((tmp_path / "tmp").glob("geochat-*")) == []
 
 
 def test_files_of_those_who_leave_are_deleted(demo: Any) -> None:
