@@ -3,7 +3,8 @@
     python benchmarks/demo_load.py --users 20 --turns 5
 
 Starts the demo in a process of its own. All users ask, wait for one another, and ask again; after each round the
-server's resident memory is read. Exit code 1 if an answer differs or fails.
+server's resident memory is read. It may grow by what the conversations grow: their keys and values are kept for the next
+turn (within a bound), and are counted beside. Exit code 1 if an answer differs or fails.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 import psutil
 
 from geochat.chat.engine import Chat, Request
+from geochat.chat.runtime import token_bytes
+from geochat.chat.sampling import Settings
 from geochat.data.synthetic import draw_scene
 from geochat.serve.gradio_web_server import NANO
 
@@ -67,14 +70,16 @@ def talk(url: str, picture: Path, questions: list[str], rounds: threading.Barrie
     return answers
 
 
-def alone(chat: Chat, picture: Path, questions: list[str]) -> list[str]:
-    """The answers when nobody else asks."""
-    request, answers = Request.ask(questions[0], picture), []
+def alone(chat: Chat, picture: Path, questions: list[str]) -> tuple[list[str], list[int]]:
+    """The answers when nobody else asks, and the tokens of the conversation after each."""
+    request, answers, tokens = Request.ask(questions[0], picture), [], []
     for following in [*questions[1:], None]:
-        answers.append(chat.answer([request], max_new_tokens=NEW_TOKENS)[0].text)
+        answer = chat.answer([request], max_new_tokens=NEW_TOKENS)[0]
+        answers.append(answer.text)
+        tokens.append(len(chat.row(request, Settings()).prompt.ids) + len(answer.token_ids))
         if following:
-            request = request.follow(answers[-1], following)
-    return answers
+            request = request.follow(answer.text, following)
+    return answers, tokens
 
 
 def measure(model: Path, users: int, turns: int, folder: Path) -> bool:
@@ -84,11 +89,11 @@ def measure(model: Path, users: int, turns: int, folder: Path) -> bool:
     questions = [[QUESTIONS[(n + turn) % len(QUESTIONS)] for turn in range(turns)] for n in range(users)]
     port = free_port()
     server = start(model, port)
-    begun = time.monotonic()
+    begun, memory = time.monotonic(), []
 
     def after_round() -> None:
-        memory = psutil.Process(server.pid).memory_info().rss / 2**20
-        print(f"{time.monotonic() - begun:7.1f} s  {memory:7.0f} MiB", flush=True)
+        memory.append(psutil.Process(server.pid).memory_info().rss / 2**20)
+        print(f"{time.monotonic() - begun:7.1f} s  {memory[-1]:7.0f} MiB", flush=True)
 
     rounds = threading.Barrier(users, after_round)
     try:
@@ -99,7 +104,13 @@ def measure(model: Path, users: int, turns: int, folder: Path) -> bool:
         server.terminate()
         server.wait()
     chat = Chat.load(model, device="cpu")
-    expected = [alone(chat, pictures[n], questions[n]) for n in range(users)]
+    expected, tokens = zip(*[alone(chat, pictures[n], questions[n]) for n in range(users)], strict=True)
+    each = token_bytes(chat.model.config.text_config, chat.model.dtype) / 2**20
+    for turn, total in enumerate(memory):
+        kept = each * sum(user[turn] for user in tokens)
+        print(
+            f"round {turn + 1}: {total:.0f} MiB, {kept:.0f} of them conversations, {total - kept:.0f} without"
+        )
     pairs = [pair for n in range(users) for pair in zip(told[n], expected[n], strict=True)]
     same = sum(a == b for a, b in pairs)
     print(f"{same} of {len(pairs)} answers as given alone; load of the machine {os.getloadavg()[0]:.1f}")
