@@ -34,7 +34,8 @@ if [ $# -gt 0 ]; then
     check tests python -m pytest -q "$@"
 else
     cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-    check tests python -m pytest -q -n "${GEOCHAT_TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
+    # The longest tests stand last: a worker that has nothing left takes some of another.
+    check tests python -m pytest -q --dist worksteal -n "${GEOCHAT_TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 fi
 
 summary=$(printf '%s, ' "${results[@]}")
